@@ -1,0 +1,107 @@
+"""Checks of arguments. Each error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+
+from fastbn._layout import Array
+
+FLOAT32 = np.dtype(np.float32)
+FLOAT64 = np.dtype(np.float64)
+
+
+def as_array(value: Any, name: str) -> Array:
+    """A NumPy array of real numbers; no copy of one that is an array already."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected a plain array, got a masked array; fill it first")
+    try:
+        a = np.asarray(value)
+    except ValueError as error:
+        raise TypeError(f"{name}: expected an array of real numbers: {error}") from None
+    if a.dtype.kind not in "fiub":
+        raise TypeError(f"{name}: expected real numbers, got dtype {a.dtype}")
+    if a.dtype.kind == "f" and a.dtype.itemsize not in (4, 8):
+        raise TypeError(f"{name}: expected float32 or float64, got {a.dtype}")
+    return a
+
+
+def compute_dtype(a: Array) -> np.dtype[Any]:
+    """The dtype that results have: native float32 or float64; float64 for integers and bools."""
+    return FLOAT32 if a.dtype.kind == "f" and a.dtype.itemsize == 4 else FLOAT64
+
+
+def check_axis(axis: Any, a: Array, name: str) -> int:
+    """A feature axis, not negative; 1-D arrays have one feature, whatever the axis."""
+    try:
+        k = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis: expected an integer, got {axis!r}") from None
+    if a.ndim == 0:
+        raise ValueError(f"{name}: expected at least one dimension, got a scalar")
+    if a.ndim == 1 and k in (-1, 0, 1):
+        return 0
+    if not -a.ndim <= k < a.ndim:
+        raise ValueError(f"axis: {k} is out of bounds for {name} with shape {a.shape}")
+    return k % a.ndim
+
+
+def features_of(a: Array, axis: int) -> int:
+    return 1 if a.ndim == 1 else a.shape[axis]
+
+
+def check_eps(eps: Any) -> float:
+    try:
+        value = float(eps)
+    except (TypeError, ValueError):
+        raise TypeError(f"eps: expected a number, got {eps!r}") from None
+    if not 0 <= value < np.inf:
+        raise ValueError(f"eps: expected a finite number >= 0, got {value}")
+    return value
+
+
+def check_activation(activation: Any) -> bool:
+    """True for relu."""
+    if activation is None:
+        return False
+    if isinstance(activation, str) and activation == "relu":
+        return True
+    raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
+
+
+def per_feature(value: Any, name: str, features: int) -> Array:
+    """A float64 array of shape (features,)."""
+    a = as_array(value, name)
+    if a.shape != (features,):
+        raise ValueError(f"{name}: expected shape ({features},), got {a.shape}")
+    return np.ascontiguousarray(a, FLOAT64)
+
+
+def per_feature_or_none(value: Any, name: str, features: int) -> Array | None:
+    return None if value is None else per_feature(value, name, features)
+
+
+def check_like(value: Any, name: str, x: Array, dtype: np.dtype[Any] | None) -> Array:
+    """An array of x's shape, and of `dtype` unless that is None."""
+    a = as_array(value, name)
+    if a.shape != x.shape:
+        raise ValueError(f"{name}: expected shape {x.shape}, got {a.shape}")
+    if dtype is not None and compute_dtype(a) != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {a.dtype}")
+    return a
+
+
+def check_out(out: Any, x: Array, dtype: np.dtype[Any]) -> Array | None:
+    if out is None:
+        return None
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"out: expected a NumPy array, got {type(out).__name__}")
+    if out.dtype != dtype:
+        raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}")
+    if out.shape != x.shape:
+        raise ValueError(f"out: expected shape {x.shape}, got {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out: expected a writeable array, got a read-only one")
+    return out

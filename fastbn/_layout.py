@@ -1,0 +1,61 @@
+"""Any array and feature axis -> a contiguous (outer, features, inner) view.
+
+The order of the samples does not matter to batch normalization, so the axes other than the
+feature axis may be taken in the order in which they lie in memory. That makes C order, Fortran
+order, channels-last and any other transposition of a dense array free. What is left (gaps,
+broadcasting, reversed axes) is copied once into a dense array with its axes in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+class Layout(NamedTuple):
+    """How the axes of an array lie in memory, and the three-dimensional view of it."""
+
+    order: tuple[int, ...]  # axes from the widest stride to the narrowest
+    ordered: tuple[int, ...]  # the array's shape in that order
+    shape: tuple[int, int, int]  # (outer, features, inner)
+
+    def view(self, a: Array) -> Array | None:
+        """`a` as (outer, features, inner) without a copy, None if it lies in another order."""
+        t = a.transpose(self.order)
+        if not t.flags.c_contiguous or not t.flags.aligned:
+            return None
+        return t.reshape(self.shape)
+
+    def empty(self, dtype: Any) -> Array:
+        """A new array of the original shape whose memory lies in this order."""
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return np.empty(self.ordered, dtype).transpose(inverse)
+
+    def dense(self, a: Array, dtype: Any) -> Array:
+        """`a` as (outer, features, inner) of `dtype`: itself if it can be, else a copy."""
+        view = self.view(a) if a.dtype == dtype else None
+        if view is None:
+            copy = self.empty(dtype)
+            copy[...] = a
+            view = self.view(copy)
+            assert view is not None
+        return view
+
+
+def layout_of(a: Array, axis: int) -> Layout:
+    """The layout of a non-empty array. `axis` is not negative."""
+    # Axes of length 1 lie anywhere; by a wide stride they come first, and split no run.
+    order = sorted(
+        range(a.ndim), key=lambda k: abs(a.strides[k]) if a.shape[k] > 1 else math.inf, reverse=True
+    )
+    ordered = tuple(a.shape[k] for k in order)
+    if a.ndim == 1 or a.shape[axis] == 1:
+        shape = (1, 1, a.size)  # one feature: one long run
+    else:
+        at = order.index(axis)
+        shape = (math.prod(ordered[:at]), a.shape[axis], math.prod(ordered[at + 1 :]))
+    return Layout(tuple(order), ordered, shape)

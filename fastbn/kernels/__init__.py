@@ -1,0 +1,1 @@
+"""Compiled kernels: what is done to memory, and nothing else."""

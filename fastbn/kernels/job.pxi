@@ -1,0 +1,141 @@
+# A job is one call: its arrays, its sizes, and how the work is cut into pieces.
+#
+# Every array is seen as (outer, features, inner), contiguous. Two layouts serve all of them.
+#
+#   rows    features lie side by side in memory (inner == 1, or runs too short to be worth a
+#           vector loop of their own). The array is a matrix of `length` rows and `width` columns,
+#           each column with accumulators of its own; columns of the same feature are added up
+#           at the end. When `features * inner` is small, `fold` samples are laid in one row, so
+#           that (1000000, 3) is worked on as rows of 480 columns; `rest` columns may remain for
+#           a last, shorter row.
+#   planes  a feature is `outer` long runs of `inner` elements; a run is summed in registers.
+#
+# The work is a grid: groups of features by chunks of samples. **Chunks are cut by shape alone**
+# and the chunks of a feature are merged in order, so that the result has the same bits for any
+# number of threads. Features never meet, so groups and the schedule are free to follow threads
+# and caches.
+
+cdef enum:
+    TILE = 512          # most columns of a rows group: accumulators and parameters stay in L1
+    CHUNK = 65536       # elements of a tile's chunk (rows): 256 KB of float32
+    SPAN = 16384        # elements of a chunk in planes: few enough sums per lane to lose nothing
+    SHORT_RUN = 512     # runs up to this length are worked on as rows
+    GRAIN = 32768       # elements that make it worth to wake another thread
+    L2_BYTES = 786432   # what of a core's second-level cache one group's data may fill
+
+cdef enum Operation:
+    MOMENTS             # mean, m2 <- x
+    FORWARD             # mean, m2, y <- x
+    NORMALIZE           # y <- x, with given statistics
+    BACKWARD            # sum_g, sum_gx, dx <- dy, x
+    FROZEN              # the same where the statistics did not come from x
+
+cdef struct Job:
+    Operation operation
+    Py_ssize_t outer, features, inner
+    # The cut
+    bint rows
+    Py_ssize_t fold, length, width, rest    # rows: the matrix
+    Py_ssize_t piece, runs                  # planes: a chunk is `runs` pieces of `piece` elements
+    Py_ssize_t chunk, chunks                # rows of a chunk; chunks of a feature
+    Py_ssize_t group, groups                # features of a group
+    int threads
+    bint own                                # a thread works on whole groups, with no barrier
+    # Per feature, float64, shape (features,). Backward: mean is given, sum_g = sum(g),
+    # sum_gx = sum(g * (x - mean)), where g is dy masked by the activation.
+    double *mean
+    double *m2
+    double *sum_g
+    double *sum_gx
+    const double *var
+    const double *gamma                     # or NULL for 1
+    const double *beta                      # or NULL for 0
+    double eps
+    bint relu
+    # Per chunk and feature, shape (chunks, features): (offset of the mean, m2) or (sum_g, sum_gx)
+    double *part_a
+    double *part_b
+    # Per feature in the dtype of x: y = (x - center) * scale + shift and
+    # dx = g * slope_g + ((x - center) * slope_x + level)
+    void *center
+    void *scale
+    void *shift
+    void *slope_g
+    void *slope_x
+    void *level
+
+
+cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return (a + b - 1) // b
+
+
+cdef Py_ssize_t gcd(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    while b:
+        a, b = b, a % b
+    return a
+
+
+cdef void cut(Job *job, int itemsize, int threads) noexcept nogil:
+    """Fill in the cut. Only `group`, `threads` and `own` may depend on `threads`."""
+    cdef Py_ssize_t sample = job.features * job.inner, step, tile, bytes_
+    cdef Py_ssize_t elements = job.outer * sample
+    job.threads = <int> min(threads, max(1, elements // GRAIN))
+    job.rows = (job.inner == 1 or job.inner < 16
+                or (job.inner <= SHORT_RUN and job.outer >= 4))
+    if job.rows:
+        # Fold only where it leaves enough rows, to whole packs where that is possible.
+        job.fold = max(1, min(TILE // sample, job.outer // 64))
+        step = 16 // gcd(sample, 16)
+        if job.fold > step:
+            job.fold -= job.fold % step
+        job.width = job.fold * sample
+        job.length = job.outer // job.fold
+        job.rest = (job.outer - job.length * job.fold) * sample
+        job.chunk = CHUNK // min(job.width, TILE)
+        job.chunks = ceil_div(job.length, job.chunk)
+        if job.fold > 1:
+            job.group = job.features
+            job.own = False
+        else:
+            tile = TILE
+            bytes_ = job.outer * itemsize
+            # Narrower tiles where that keeps a tile's data in cache between the two passes, or
+            # gives each thread one; not below 64 columns, where rows become too short to stream.
+            while tile > 128 and tile * bytes_ > L2_BYTES:
+                tile //= 2
+            while tile > 64 and sample < tile * job.threads:
+                tile //= 2
+            job.own = tile * bytes_ <= L2_BYTES and sample >= tile * job.threads
+            if not job.own:
+                tile = TILE
+            job.group = min(job.features, max(1, tile // job.inner))
+        job.groups = ceil_div(job.features, job.group)
+    else:
+        job.piece = min(job.inner, SPAN)
+        job.runs = max(1, SPAN // job.inner)
+        job.chunks = ceil_div(job.outer, job.runs) * ceil_div(job.inner, job.piece)
+        job.group = 1
+        job.groups = job.features
+        # With few features the threads share each one; with many, each takes features whole.
+        job.own = job.threads == 1 or job.features >= 4 * job.threads or job.chunks == 1
+        if job.own:
+            job.threads = <int> min(job.threads, job.features)
+
+
+cdef inline Py_ssize_t chunk_count(const Job *job, Py_ssize_t c) noexcept nogil:
+    """Elements of each feature in chunk c."""
+    cdef Py_ssize_t pieces, first, count
+    if job.rows:
+        count = min(job.chunk, job.length - c * job.chunk) * job.fold * job.inner
+        if c == job.chunks - 1:
+            count += job.rest // job.features
+        return count
+    pieces = ceil_div(job.inner, job.piece)
+    first = c % pieces * job.piece
+    return (min(job.piece, job.inner - first)
+            * min(job.runs, job.outer - c // pieces * job.runs))
+
+
+cdef inline Py_ssize_t share(Py_ssize_t n, int rank, int size) noexcept nogil:
+    """Where the part of `rank` begins when n things are shared out to `size`."""
+    return n * rank // size

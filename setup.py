@@ -1,0 +1,106 @@
+"""Build switches only: one kernel source, one extension module per instruction set.
+
+FASTBN_DEBUG=1 builds with assertions and without optimisation.
+"""
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+KERNELS = "fastbn/kernels"
+SOURCES = [
+    f"{KERNELS}/{name}"
+    for name in ("kernels.pxi", "job.pxi", "features.pxi", "rows.pxi", "planes.pxi", "simd.pxd")
+] + [f"{KERNELS}/{name}" for name in ("simd.h", "team.h", "cpu.h")]
+
+# -ffp-contract=off: a multiply-add is fused only where simd.h says so, so that AVX2 and AVX-512
+# give the same bits. Nothing here changes the meaning of floating point for the process.
+COMMON = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-g0"]
+FLAGS = {
+    "_cpu": [],
+    "_generic": [],
+    "_avx2": ["-mavx2", "-mfma"],
+    "_avx512": [
+        "-mavx512f",
+        "-mavx512vl",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mfma",
+        "-mprefer-vector-width=512",
+    ],
+}
+MSVC_FLAGS = {"_cpu": [], "_generic": [], "_avx2": ["/arch:AVX2"], "_avx512": ["/arch:AVX512"]}
+
+
+class BuildKernels(build_ext):
+    """Adds the flags that the compiler at hand accepts; without OpenMP the build is serial."""
+
+    def build_extensions(self) -> None:
+        msvc = self.compiler.compiler_type == "msvc"
+        openmp = "/openmp" if msvc else "-fopenmp"
+        openmp_flags = [openmp] if self.accepts([openmp], "#include <omp.h>\n") else []
+        if not openmp_flags:
+            print("fastbn: the compiler has no OpenMP; building serial kernels")
+        kept = []
+        for extension in self.extensions:
+            name = extension.name.rpartition(".")[2]
+            flags = MSVC_FLAGS[name] if msvc else FLAGS[name]
+            if flags and not self.accepts(flags):
+                print(f"fastbn: the compiler does not know {' '.join(flags)}; leaving out {name}")
+                continue
+            common = ["/O2"] if msvc else [f for f in COMMON if self.accepts([f])]
+            if os.environ.get("FASTBN_DEBUG"):
+                common += ["-O0", "-g"]
+            extension.extra_compile_args = common + openmp_flags + flags
+            extension.extra_link_args = [] if msvc else openmp_flags
+            kept.append(extension)
+        self.extensions = kept
+        super().build_extensions()
+
+    def accepts(self, flags: list[str], source: str = "") -> bool:
+        """Whether a program compiles and links with these flags."""
+        folder = tempfile.mkdtemp()
+        try:
+            path = os.path.join(folder, "probe.c")
+            with open(path, "w") as file:
+                file.write(source + "int main(void) { return 0; }\n")
+            objects = self.compiler.compile([path], output_dir=folder, extra_postargs=flags)
+            link = [] if self.compiler.compiler_type == "msvc" else flags
+            self.compiler.link_executable(
+                objects, os.path.join(folder, "probe"), extra_postargs=link
+            )
+        except Exception:  # each compiler class raises errors of its own
+            return False
+        finally:
+            shutil.rmtree(folder)
+        return True
+
+
+def modules() -> list[str]:
+    x86 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
+    universal = sys.platform == "darwin" and "arm64" in os.environ.get("ARCHFLAGS", "")
+    return list(FLAGS) if x86 and not universal else ["_cpu", "_generic"]
+
+
+setup(
+    cmdclass={"build_ext": BuildKernels},
+    ext_modules=cythonize(
+        [
+            Extension(f"fastbn.kernels.{name}", [f"{KERNELS}/{name}.pyx"], depends=SOURCES)
+            for name in modules()
+        ],
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": False,
+            "wraparound": False,
+            "cdivision": True,
+            "initializedcheck": False,
+        },
+    ),
+)
