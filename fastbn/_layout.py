@@ -59,3 +59,43 @@ def layout_of(a: Array, axis: int) -> Layout:
         at = order.index(axis)
         shape = (math.prod(ordered[:at]), a.shape[axis], math.prod(ordered[at + 1 :]))
     return Layout(tuple(order), ordered, shape)
+
+
+class Target:
+    """Where a kernel writes an array-shaped result: into `out` itself where it can.
+
+    `out` is written to directly if it lies in memory as x does and overlaps an input either not
+    at all or exactly. Otherwise the kernel writes to a new array, which is then copied to `out`.
+    """
+
+    def __init__(self, out: Array | None, layout: Layout, dtype: Any, inputs: list[Any]) -> None:
+        view = None if out is None else layout.view(out)
+        if out is None or view is None or _overlaps(out, inputs):
+            self.array = layout.empty(dtype)
+            view = layout.view(self.array)
+        else:
+            self.array = out
+        assert view is not None
+        self.view = view
+        self.out = out
+
+    def result(self) -> Array:
+        if self.out is None or self.out is self.array:
+            return self.array
+        self.out[...] = self.array
+        return self.out
+
+
+def _overlaps(out: Array, inputs: list[Any]) -> bool:
+    """Whether `out` shares memory with an input without being the very same elements."""
+    return any(
+        a is not None
+        and np.may_share_memory(out, a)
+        and not (
+            a.shape == out.shape
+            and a.strides == out.strides
+            and a.dtype == out.dtype
+            and a.__array_interface__["data"][0] == out.__array_interface__["data"][0]
+        )
+        for a in inputs
+    )

@@ -19,51 +19,11 @@ from fastbn._arguments import (
     per_feature,
     per_feature_or_none,
 )
-from fastbn._layout import Array, Layout, layout_of
+from fastbn._layout import Array, Target, layout_of
 from fastbn.statistics import Moments, RunningMoments
 
 Activation = Literal["relu"] | None
 Stats = Moments | RunningMoments | tuple[Any, Any]
-
-
-class _Target:
-    """Where a kernel writes an array-shaped result: into `out` itself where it can.
-
-    `out` is written to directly if it lies in memory as x does and overlaps an input either not
-    at all or exactly. Otherwise the kernel writes to a new array, which is then copied to `out`.
-    """
-
-    def __init__(self, out: Array | None, layout: Layout, dtype: Any, inputs: list[Any]) -> None:
-        view = None if out is None else layout.view(out)
-        if out is None or view is None or _overlaps(out, inputs):
-            self.array = layout.empty(dtype)
-            view = layout.view(self.array)
-        else:
-            self.array = out
-        assert view is not None
-        self.view = view
-        self.out = out
-
-    def result(self) -> Array:
-        if self.out is None or self.out is self.array:
-            return self.array
-        self.out[...] = self.array
-        return self.out
-
-
-def _overlaps(out: Array, inputs: list[Any]) -> bool:
-    """Whether `out` shares memory with an input without being the very same elements."""
-    return any(
-        a is not None
-        and np.may_share_memory(out, a)
-        and not (
-            a.shape == out.shape
-            and a.strides == out.strides
-            and a.dtype == out.dtype
-            and a.__array_interface__["data"][0] == out.__array_interface__["data"][0]
-        )
-        for a in inputs
-    )
 
 
 def _mean_and_var(stats: Stats, features: int) -> tuple[Array, Array]:
@@ -214,7 +174,7 @@ def normalize(
     if a.size == 0:
         return np.empty(a.shape, dtype) if out is None else out
     layout = layout_of(a, axis)
-    target = _Target(out, layout, dtype, [a, residual, mean, var, gamma, beta])
+    target = Target(out, layout, dtype, [a, residual, mean, var, gamma, beta])
     x3 = layout.dense(a, dtype)
     r3 = None if residual is None else layout.dense(residual, dtype)
     _runtime.kernels.normalize(
@@ -268,7 +228,7 @@ def batch_norm(
     if a.size == 0:
         return (np.empty(a.shape, dtype) if out is None else out), _no_data(features)
     layout = layout_of(a, axis)
-    target = _Target(out, layout, dtype, [a, residual, gamma, beta])
+    target = Target(out, layout, dtype, [a, residual, gamma, beta])
     x3 = layout.dense(a, dtype)
     r3 = None if residual is None else layout.dense(residual, dtype)
     count = np.full(features, a.size / features)
@@ -349,7 +309,7 @@ def batch_norm_backward(
         dx = np.empty(a.shape, dtype) if out is None else out
         return (dx, *sums) if residual is None else (dx, *sums, np.empty(a.shape, dtype))
     layout = layout_of(a, axis)
-    target = _Target(out, layout, dtype, [a, g, residual, mean, var, gamma, beta])
+    target = Target(out, layout, dtype, [a, g, residual, mean, var, gamma, beta])
     x3, g3 = layout.dense(a, dtype), layout.dense(g, dtype)
     r3 = None if residual is None else layout.dense(residual, dtype)
     dresidual = None if residual is None else layout.empty(dtype)

@@ -45,9 +45,7 @@ class _Rules(NamedTuple):
 
 
 CONVENTIONS = {
-    "torch": _Rules(
-        1e-5, 0.1, False, 1, True, ("weight", "bias", "running_mean", "running_var")
-    ),
+    "torch": _Rules(1e-5, 0.1, False, 1, True, ("weight", "bias", "running_mean", "running_var")),
     "keras": _Rules(
         1e-3, 0.99, True, 0, False, ("gamma", "beta", "moving_mean", "moving_variance")
     ),
@@ -128,7 +126,7 @@ class BatchNorm:
         *,
         axis: int = 1,
         eps: float | EllipsisType = ...,
-        momentum: float | None | EllipsisType = ...,
+        momentum: float | EllipsisType | None = ...,
         affine: bool = True,
         convention: Convention = "torch",
         dtype: Any = np.float32,
@@ -204,8 +202,15 @@ class BatchNorm:
         else:
             stats = (self.running.mean, self.running.var)
             y = normalize(
-                a, stats, self.gamma, self.beta, axis=self.axis, eps=self.eps, out=out,
-                activation=activation, residual=residual,
+                a,
+                stats,
+                self.gamma,
+                self.beta,
+                axis=self.axis,
+                eps=self.eps,
+                out=out,
+                activation=activation,
+                residual=residual,
             )
         if out is not None and any(
             np.may_share_memory(out, b) for b in (a, residual) if b is not None
@@ -223,7 +228,12 @@ class BatchNorm:
         x, gamma, beta = a, self.gamma, self.beta
         if out is None:
             y, m = batch_norm(
-                x, gamma, beta, axis=self.axis, eps=self.eps, activation=activation,
+                x,
+                gamma,
+                beta,
+                axis=self.axis,
+                eps=self.eps,
+                activation=activation,
                 residual=residual,
             )
             self._update(m)
@@ -235,7 +245,14 @@ class BatchNorm:
         m = moments(x, axis=self.axis)
         self._update(m)
         y = normalize(
-            x, m, gamma, beta, axis=self.axis, eps=self.eps, out=out, activation=activation,
+            x,
+            m,
+            gamma,
+            beta,
+            axis=self.axis,
+            eps=self.eps,
+            out=out,
+            activation=activation,
             residual=residual,
         )
         return y, m
@@ -258,8 +275,17 @@ class BatchNorm:
             )
         s = self._saved
         dx, dgamma, dbeta, *dresidual = batch_norm_backward(
-            dy, s.x, s.stats, s.gamma, s.beta, axis=self.axis, eps=self.eps,
-            training=s.training, out=out, activation=s.activation, residual=s.residual,
+            dy,
+            s.x,
+            s.stats,
+            s.gamma,
+            s.beta,
+            axis=self.axis,
+            eps=self.eps,
+            training=s.training,
+            out=out,
+            activation=s.activation,
+            residual=s.residual,
         )
         if self.gamma is not None:
             self.grad_gamma, self.grad_beta = dgamma, dbeta

@@ -17,21 +17,22 @@ from fastbn.statistics import Moments
 
 def _by_feature(x: Any, axis: int) -> Array:
     """(features, samples) in float64."""
-    x = np.asarray(x, np.float64)
-    if x.ndim == 1:
-        return x[np.newaxis]
-    x = np.moveaxis(x, axis, 0)
-    return x.reshape(x.shape[0], x[0].size if len(x) else 0)
+    a: Array = np.asarray(x, np.float64)
+    if a.ndim == 1:
+        return a[np.newaxis]
+    a = np.moveaxis(a, axis, 0)
+    return a.reshape(a.shape[0], a[0].size if len(a) else 0)
 
 
 def _like(rows: Array, x: Any, axis: int) -> Array:
     """(features, samples) back to the shape of x, in its dtype (float64 for integers)."""
-    x = np.asarray(x)
-    dtype = np.float32 if x.dtype.kind == "f" and x.dtype.itemsize == 4 else np.float64
-    if x.ndim == 1:
+    a: Array = np.asarray(x)
+    dtype = np.float32 if a.dtype.kind == "f" and a.dtype.itemsize == 4 else np.float64
+    if a.ndim == 1:
         return rows[0].astype(dtype)
-    shape = np.moveaxis(x, axis, 0).shape
-    return np.moveaxis(rows.reshape(shape), 0, axis).astype(dtype)
+    shape = np.moveaxis(a, axis, 0).shape
+    result: Array = np.moveaxis(rows.reshape(shape), 0, axis).astype(dtype)
+    return result
 
 
 def _column(value: Any, default: float) -> Any:
@@ -54,8 +55,17 @@ def moments(x: Any, *, axis: int = 1) -> Moments:
     return Moments(np.full(len(rows), n), mean, m2)
 
 
-def normalize(x: Any, stats: Any, gamma: Any = None, beta: Any = None, *, axis: int = 1,
-              eps: float = 1e-5, activation: str | None = None, residual: Any = None) -> Array:
+def normalize(
+    x: Any,
+    stats: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    residual: Any = None,
+) -> Array:
     mean, std = _mean_and_std(stats, eps)
     y = (_by_feature(x, axis) - mean) / std * _column(gamma, 1) + _column(beta, 0)
     if residual is not None:
@@ -65,16 +75,34 @@ def normalize(x: Any, stats: Any, gamma: Any = None, beta: Any = None, *, axis: 
     return _like(y, x, axis)
 
 
-def batch_norm(x: Any, gamma: Any = None, beta: Any = None, *, axis: int = 1, eps: float = 1e-5,
-               activation: str | None = None, residual: Any = None) -> tuple[Array, Moments]:
+def batch_norm(
+    x: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    residual: Any = None,
+) -> tuple[Array, Moments]:
     m = moments(x, axis=axis)
     y = normalize(x, m, gamma, beta, axis=axis, eps=eps, activation=activation, residual=residual)
     return y, m
 
 
-def batch_norm_backward(dy: Any, x: Any, stats: Any, gamma: Any = None, beta: Any = None, *,
-                        axis: int = 1, eps: float = 1e-5, training: bool = True,
-                        activation: str | None = None, residual: Any = None) -> tuple[Array, ...]:
+def batch_norm_backward(
+    dy: Any,
+    x: Any,
+    stats: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    training: bool = True,
+    activation: str | None = None,
+    residual: Any = None,
+) -> tuple[Array, ...]:
     mean, std = _mean_and_std(stats, eps)
     xhat = (_by_feature(x, axis) - mean) / std
     g = _by_feature(dy, axis)
@@ -92,8 +120,9 @@ def batch_norm_backward(dy: Any, x: Any, stats: Any, gamma: Any = None, beta: An
     return (dx, dgamma, dbeta) if residual is None else (dx, dgamma, dbeta, _like(g, x, axis))
 
 
-def denormalize(y: Any, stats: Any, gamma: Any = None, beta: Any = None, *, axis: int = 1,
-                eps: float = 1e-5) -> Array:
+def denormalize(
+    y: Any, stats: Any, gamma: Any = None, beta: Any = None, *, axis: int = 1, eps: float = 1e-5
+) -> Array:
     mean, var = stats if isinstance(stats, tuple) else (stats.mean, stats.var)
     std = np.sqrt(np.asarray(var, np.float64) + eps)[:, np.newaxis]
     scale = _column(gamma, 1) * np.ones_like(std)

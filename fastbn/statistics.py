@@ -84,7 +84,7 @@ class Moments:
         return np.sqrt(self.variance())
 
     def variance(self, ddof: float = 0) -> Array:
-        """Variance with ``count - ddof`` degrees of freedom (1: unbiased); NaN where none is left."""
+        """Variance with ``count - ddof`` degrees of freedom (1: unbiased); NaN where none left."""
         freedom = self.count - ddof
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             return np.where(freedom > 0, self.m2 / freedom, np.nan)
@@ -94,17 +94,18 @@ class Moments:
         if not isinstance(other, Moments):
             raise TypeError(f"other: expected Moments, got {type(other).__name__}")
         if other.mean.shape != self.mean.shape:
-            raise ValueError(
-                f"other: expected {len(self.mean)} features, got {len(other.mean)}"
-            )
+            raise ValueError(f"other: expected {len(self.mean)} features, got {len(other.mean)}")
         count = self.count + other.count
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             weight = other.count / count
             delta = other.mean - self.mean
             # Half of the difference is always finite where the means are.
             half = other.mean * 0.5 - self.mean * 0.5
-            mean = np.where(np.isfinite(delta), self.mean + delta * weight,
-                            self.mean + half * weight + half * weight)
+            mean = np.where(
+                np.isfinite(delta),
+                self.mean + delta * weight,
+                self.mean + half * weight + half * weight,
+            )
             m2 = self.m2 + other.m2 + delta * delta * (weight * self.count)
         # Where one side has no data the other is the answer, to the bit.
         for empty, filled in ((self, other), (other, self)):
@@ -162,9 +163,7 @@ NonFinite = Literal["raise", "skip", "propagate"]
 
 def check_nonfinite(nonfinite: Any) -> NonFinite:
     if nonfinite not in ("raise", "skip", "propagate"):
-        raise ValueError(
-            f"nonfinite: expected 'raise', 'skip' or 'propagate', got {nonfinite!r}"
-        )
+        raise ValueError(f"nonfinite: expected 'raise', 'skip' or 'propagate', got {nonfinite!r}")
     return nonfinite  # type: ignore[no-any-return]
 
 
@@ -212,8 +211,14 @@ class RunningMoments:
     (array([1.5]), array([1.5]))
     """
 
-    def __init__(self, num_features: int, *, momentum: float | None = 0.1, ddof: int = 1,
-                 nonfinite: NonFinite = "raise") -> None:
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        momentum: float | None = 0.1,
+        ddof: int = 1,
+        nonfinite: NonFinite = "raise",
+    ) -> None:
         if not isinstance(num_features, (int, np.integer)) or num_features < 0:
             raise ValueError(f"num_features: expected an integer >= 0, got {num_features!r}")
         self.num_features = int(num_features)

@@ -132,7 +132,7 @@ cdef void merge_gradients(const Job *job, Py_ssize_t f0, Py_ssize_t f1) noexcept
 
 cdef void backward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
                               Py_ssize_t f1) noexcept nogil:
-    """Parameters of dx = gamma / std * (g - mean(g) - xhat * mean(g xhat)), xhat = (x - mean) / std.
+    """Parameters of dx = gamma / std * (g - mean(g) - xhat * mean(g xhat)), xhat = (x - mean)/std.
 
     As x sees it: dx = g * slope_g + ((x - center) * slope_x + level). With frozen statistics the
     two means are not there, and dx = g * slope_g.

@@ -164,7 +164,8 @@ cdef inline void forward_row(const Job *job, pack *y, const pack *x, const pack 
         forward_columns(job, y, x, residual, center, scale, shift, i, rows, j, <int> (columns - j))
 
 
-cdef inline pack *of_columns(const Job *job, Tile t, const pack *values, pack *buffer) noexcept nogil:
+cdef inline pack *of_columns(const Job *job, Tile t, const pack *values,
+                             pack *buffer) noexcept nogil:
     """A per-feature parameter by column: itself where columns are features, else spread out."""
     if job.fold == 1 and job.inner == 1:
         return at(values, t.first)
@@ -181,7 +182,8 @@ cdef void forward_rows(const Job *job, pack *y, const pack *x, const pack *resid
     cdef pack *shift = of_columns(job, t, <pack *> job.shift, <pack *> &buffer[2 * TILE])
     cdef Py_ssize_t r
     for r in range(0, t.rows - 1, 2):
-        forward_row(job, y, x, residual, center, scale, shift, t.start + r * job.width, 2, t.columns)
+        forward_row(job, y, x, residual, center, scale, shift,
+                    t.start + r * job.width, 2, t.columns)
     if t.rows % 2:
         forward_row(job, y, x, residual, center, scale, shift,
                     t.start + (t.rows - 1) * job.width, 1, t.columns)
@@ -237,6 +239,8 @@ cdef void gradients_rows(const Job *job, const pack *dy, const pack *x, const pa
     cdef pack *scale = of_columns(job, t, <pack *> job.scale, <pack *> &buffer[TILE])
     cdef pack *shift = of_columns(job, t, <pack *> job.shift, <pack *> &buffer[2 * TILE])
     cdef double *mean = <double *> of_columns(job, t, <d8 *> job.mean, <d8 *> &buffer[3 * TILE])
+    cdef double *part_a = job.part_a + c * job.features + t.first
+    cdef double *part_b = job.part_b + c * job.features + t.first
     cdef Py_ssize_t r, j, i, f, columns
     memset(sum_g, 0, t.columns * sizeof(double))
     memset(sum_gx, 0, t.columns * sizeof(double))
@@ -252,8 +256,8 @@ cdef void gradients_rows(const Job *job, const pack *dy, const pack *x, const pa
             accumulate_row(job, sum_g, sum_gx, mean, center, scale, shift, dy, x, residual,
                            i, j, <int> (columns - j))
     for f in range(t.features):
-        job.part_a[c * job.features + t.first + f] = gather(sum_g, f, t.features, job.inner, job.fold)
-        job.part_b[c * job.features + t.first + f] = gather(sum_gx, f, t.features, job.inner, job.fold)
+        part_a[f] = gather(sum_g, f, t.features, job.inner, job.fold)
+        part_b[f] = gather(sum_gx, f, t.features, job.inner, job.fold)
 
 
 cdef inline void backward_pack(const Job *job, pack *dx, pack *dresidual, const pack *x,

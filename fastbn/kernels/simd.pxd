@@ -81,9 +81,13 @@ cdef inline void put(pack *p, Py_ssize_t i, double value) noexcept nogil:
 cdef inline pack load(const pack *p, Py_ssize_t i, int k) noexcept nogil:
     """k elements from i on, a whole pack or the first lanes of one (the others are 0)."""
     if pack is f16:
-        return f16_load(<const float *> p + i) if k == 16 else f16_load_part(<const float *> p + i, k)
+        if k == 16:
+            return f16_load(<const float *> p + i)
+        return f16_load_part(<const float *> p + i, k)
     else:
-        return d8_load(<const double *> p + i) if k == 8 else d8_load_part(<const double *> p + i, k)
+        if k == 8:
+            return d8_load(<const double *> p + i)
+        return d8_load_part(<const double *> p + i, k)
 
 
 cdef inline void store(pack *p, Py_ssize_t i, int k, pack a) noexcept nogil:
@@ -103,9 +107,13 @@ cdef inline void store(pack *p, Py_ssize_t i, int k, pack a) noexcept nogil:
 cdef inline d8 widen(const pack *p, Py_ssize_t i, int k) noexcept nogil:
     """k <= 8 elements from i on, as float64."""
     if pack is f16:
-        return d8_widen(<const float *> p + i) if k == 8 else d8_widen_part(<const float *> p + i, k)
+        if k == 8:
+            return d8_widen(<const float *> p + i)
+        return d8_widen_part(<const float *> p + i, k)
     else:
-        return d8_load(<const double *> p + i) if k == 8 else d8_load_part(<const double *> p + i, k)
+        if k == 8:
+            return d8_load(<const double *> p + i)
+        return d8_load_part(<const double *> p + i, k)
 
 
 # --- Arithmetic -------------------------------------------------------------------------------
