@@ -23,6 +23,8 @@ cdef enum:
     GRAIN = 32768       # elements that make it worth to wake another thread
     L2_BYTES = 786432   # what of a core's second-level cache one group's data may fill
 
+    STREAM_BYTES = 16777216     # results larger than this bypass the caches: nobody reads them soon
+
 cdef enum Operation:
     MOMENTS             # mean, m2 <- x
     FORWARD             # mean, m2, y <- x
@@ -51,7 +53,6 @@ cdef struct Job:
     const double *gamma                     # or NULL for 1
     const double *beta                      # or NULL for 0
     double eps
-    bint relu
     # Per chunk and feature, shape (chunks, features): (offset of the mean, m2) or (sum_g, sum_gx)
     double *part_a
     double *part_b
@@ -63,6 +64,18 @@ cdef struct Job:
     void *slope_g
     void *slope_x
     void *level
+
+
+# What an element's arithmetic needs to know of the call.
+cdef struct Arrays:
+    void *y                 # y, or dx
+    void *dresidual         # or NULL
+    const void *dy          # backward
+    const void *x
+    const void *residual    # or NULL
+    bint relu
+    bint frozen             # backward: dx does not depend on x
+    bint stream             # write the result past the caches
 
 
 cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:

@@ -27,19 +27,12 @@ cdef extern from "team.h" nogil:
 
 include "job.pxi"
 include "features.pxi"
+include "elements.pxi"
 include "rows.pxi"
 include "planes.pxi"
 
 simd = (<bytes> FASTBN_SIMD).decode()
 openmp = FASTBN_OPENMP
-
-
-cdef struct Arrays:
-    void *y                 # y, or dx
-    void *dresidual         # or NULL
-    const void *dy          # backward
-    const void *x
-    const void *residual    # or NULL
 
 
 # --- One step on one piece ------------------------------------------------------------------------
@@ -53,9 +46,9 @@ cdef inline void reduce(const Job *job, const Arrays *a, const pack *x, Py_ssize
             moments_planes(job, x, c, g)
     else:
         if job.rows:
-            gradients_rows(job, <const pack *> a.dy, x, <const pack *> a.residual, c, g)
+            gradients_rows(job, a[0], x, c, g)
         else:
-            gradients_planes(job, <const pack *> a.dy, x, <const pack *> a.residual, c, g)
+            gradients_planes(job, a[0], x, c, g)
 
 
 cdef inline void finish(const Job *job, const pack *x, Py_ssize_t f0, Py_ssize_t f1) noexcept nogil:
@@ -72,16 +65,14 @@ cdef inline void apply(const Job *job, const Arrays *a, const pack *x, Py_ssize_
                        Py_ssize_t g) noexcept nogil:
     if job.operation == FORWARD or job.operation == NORMALIZE:
         if job.rows:
-            forward_rows(job, <pack *> a.y, x, <const pack *> a.residual, c, g)
+            forward_rows(job, a[0], x, c, g)
         else:
-            forward_planes(job, <pack *> a.y, x, <const pack *> a.residual, c, g)
+            forward_planes(job, a[0], x, c, g)
     else:
         if job.rows:
-            backward_rows(job, <pack *> a.y, <pack *> a.dresidual, <const pack *> a.dy, x,
-                          <const pack *> a.residual, c, g)
+            backward_rows(job, a[0], x, c, g)
         else:
-            backward_planes(job, <pack *> a.y, <pack *> a.dresidual, <const pack *> a.dy, x,
-                            <const pack *> a.residual, c, g)
+            backward_planes(job, a[0], x, c, g)
 
 
 # --- The schedule ---------------------------------------------------------------------------------
@@ -142,9 +133,11 @@ cdef void run(Job *job, const Arrays *a, const pack *x) noexcept nogil:
             backward_parameters(job, x, 0, job.features)
     if job.threads <= 1:
         work(job, a, x, 0, 1)
+        fastbn_fence()
     else:
         with parallel(num_threads=job.threads):
             work(job, a, x, team_rank(), team_size())
+            fastbn_fence()
 
 
 # --- From Python ----------------------------------------------------------------------------------
@@ -162,13 +155,16 @@ cdef void *data(object array, bint writeable=False) except? NULL:
     return address
 
 
-cdef int execute(Job *job, const Arrays *a, object x, int threads) except -1:
+cdef int execute(Job *job, Arrays *a, object x, int threads) except -1:
     """Cut the job, give it its scratch memory, and run it without the GIL."""
     cdef int itemsize = x.itemsize
     cdef double *scratch
     job.outer, job.features, job.inner = x.shape
     cdef Py_ssize_t n = job.features
     cut(job, itemsize, threads)
+    # In place, the lines to write are in cache already.
+    a.stream = (a.y != NULL and a.y != a.x and a.y != a.dy
+                and job.outer * n * job.inner * itemsize > STREAM_BYTES)
     scratch = <double *> calloc((2 * job.chunks + 6) * n, sizeof(double))
     if scratch == NULL:
         raise MemoryError(f"no memory for the chunk sums of {n} features")
@@ -211,10 +207,10 @@ def forward(y, mean, m2, x, residual, gamma, beta, double eps, bint relu, int th
     job.gamma = <const double *> data(gamma)
     job.beta = <const double *> data(beta)
     job.eps = eps
-    job.relu = relu
     a.y = data(y, True)
     a.x = data(x)
     a.residual = data(residual)
+    a.relu = relu
     execute(&job, &a, x, threads)
 
 
@@ -230,10 +226,10 @@ def normalize(y, x, residual, mean, var, gamma, beta, double eps, bint relu, int
     job.gamma = <const double *> data(gamma)
     job.beta = <const double *> data(beta)
     job.eps = eps
-    job.relu = relu
     a.y = data(y, True)
     a.x = data(x)
     a.residual = data(residual)
+    a.relu = relu
     execute(&job, &a, x, threads)
 
 
@@ -245,12 +241,12 @@ def backward(dx, dresidual, sum_g, sum_gx, dy, x, residual, mean, var, gamma, be
     memset(&job, 0, sizeof(job))
     memset(&a, 0, sizeof(a))
     job.operation = BACKWARD if training else FROZEN
+    a.frozen = not training
     job.mean = <double *> data(mean)
     job.var = <const double *> data(var)
     job.gamma = <const double *> data(gamma)
     job.beta = <const double *> data(beta)
     job.eps = eps
-    job.relu = relu
     job.sum_g = <double *> data(sum_g, True)
     job.sum_gx = <double *> data(sum_gx, True)
     a.y = data(dx, True)
@@ -258,4 +254,5 @@ def backward(dx, dresidual, sum_g, sum_gx, dy, x, residual, mean, var, gamma, be
     a.dy = data(dy)
     a.x = data(x)
     a.residual = data(residual)
+    a.relu = relu
     execute(&job, &a, x, threads)

@@ -58,25 +58,29 @@ cdef void moments_planes(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t
     job.part_b[c * job.features + f] = m2
 
 
-cdef void forward_planes(const Job *job, pack *y, const pack *x, const pack *residual,
-                         Py_ssize_t c, Py_ssize_t f) noexcept nogil:
+cdef void forward_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
+                         Py_ssize_t f) noexcept nogil:
     cdef Chunk t = chunk_of(job, c, f)
     cdef pack center = splat(x, element(<pack *> job.center, f))
     cdef pack scale = splat(x, element(<pack *> job.scale, f))
     cdef pack shift = splat(x, element(<pack *> job.shift, f))
-    cdef Py_ssize_t r, i, end
+    cdef Py_ssize_t r, i, k, end
     for r in range(t.runs):
         i = t.start + r * t.stride
         end = i + t.length
+        k = lead(a, x, i, t.length)
+        if k > 0:
+            forward_pack(a, x, i, <int> k, center, scale, shift)
+            i += k
         while i + lanes(x) <= end:
-            forward_pack(job, y, x, residual, i, lanes(x), center, scale, shift)
+            forward_pack(a, x, i, lanes(x), center, scale, shift)
             i += lanes(x)
         if i < end:
-            forward_pack(job, y, x, residual, i, <int> (end - i), center, scale, shift)
+            forward_pack(a, x, i, <int> (end - i), center, scale, shift)
 
 
-cdef void gradients_planes(const Job *job, const pack *dy, const pack *x, const pack *residual,
-                           Py_ssize_t c, Py_ssize_t f) noexcept nogil:
+cdef void gradients_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
+                           Py_ssize_t f) noexcept nogil:
     """part_a, part_b <- sum(g) and sum(g (x - mean)) of chunk c of feature f."""
     cdef Chunk t = chunk_of(job, c, f)
     cdef pack center = splat(x, element(<pack *> job.center, f))
@@ -93,7 +97,7 @@ cdef void gradients_planes(const Job *job, const pack *dy, const pack *x, const 
         while i < end:
             # Lanes beyond the end of a run have g = 0, and add nothing.
             k = <int> min(lanes(x), end - i)
-            g = masked(job, dy, x, residual, i, k, center, scale, shift)
+            g = masked(a, x, i, k, center, scale, shift)
             u = load(x, i, k)
             if pack is f16:
                 sum_g = add(sum_g, f16_low(g))
@@ -108,8 +112,7 @@ cdef void gradients_planes(const Job *job, const pack *dy, const pack *x, const 
     job.part_b[c * job.features + f] = d8_sum(add(sum_gx, sum_gxb))
 
 
-cdef void backward_planes(const Job *job, pack *dx, pack *dresidual, const pack *dy,
-                          const pack *x, const pack *residual, Py_ssize_t c,
+cdef void backward_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
                           Py_ssize_t f) noexcept nogil:
     cdef Chunk t = chunk_of(job, c, f)
     cdef pack center = splat(x, element(<pack *> job.center, f))
@@ -123,9 +126,11 @@ cdef void backward_planes(const Job *job, pack *dx, pack *dresidual, const pack 
     for r in range(t.runs):
         i = t.start + r * t.stride
         end = i + t.length
+        k = lead(a, x, i, t.length)
         while i < end:
-            k = <int> min(lanes(x), end - i)
-            backward_pack(job, dx, dresidual, x, i, k,
-                          masked(job, dy, x, residual, i, k, center, scale, shift),
+            if k == 0:
+                k = <int> min(lanes(x), end - i)
+            backward_pack(a, x, i, k, masked(a, x, i, k, center, scale, shift),
                           center, slope_g, slope_x, level)
-            i += lanes(x)
+            i += k
+            k = 0

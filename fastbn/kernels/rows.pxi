@@ -132,37 +132,7 @@ cdef void moments_rows(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t g
 
 
 # --- y = (x - center) * scale + shift ----------------------------------------------------------
-
-cdef inline void forward_pack(const Job *job, pack *y, const pack *x, const pack *residual,
-                              Py_ssize_t i, int k, pack center, pack scale,
-                              pack shift) noexcept nogil:
-    cdef pack value = fma(sub(load(x, i, k), center), scale, shift)
-    if residual != NULL:
-        value = add(value, load(residual, i, k))
-    if job.relu:
-        value = relu(value)
-    store(y, i, k, value)
-
-
-cdef inline void forward_columns(const Job *job, pack *y, const pack *x, const pack *residual,
-                                 const pack *center, const pack *scale, const pack *shift,
-                                 Py_ssize_t i, int rows, Py_ssize_t j, int k) noexcept nogil:
-    cdef pack m = load(center, j, k), s = load(scale, j, k), b = load(shift, j, k)
-    cdef int r
-    for r in range(rows):
-        forward_pack(job, y, x, residual, i + r * job.width + j, k, m, s, b)
-
-
-cdef inline void forward_row(const Job *job, pack *y, const pack *x, const pack *residual,
-                             const pack *center, const pack *scale, const pack *shift,
-                             Py_ssize_t i, int rows, Py_ssize_t columns) noexcept nogil:
-    cdef Py_ssize_t j = 0
-    while j + lanes(x) <= columns:
-        forward_columns(job, y, x, residual, center, scale, shift, i, rows, j, lanes(x))
-        j += lanes(x)
-    if j < columns:
-        forward_columns(job, y, x, residual, center, scale, shift, i, rows, j, <int> (columns - j))
-
+# A row at a time: the parameters come from L1, and memory sees one stream in and one out.
 
 cdef inline pack *of_columns(const Job *job, Tile t, const pack *values,
                              pack *buffer) noexcept nogil:
@@ -173,108 +143,117 @@ cdef inline pack *of_columns(const Job *job, Tile t, const pack *values,
     return buffer
 
 
-cdef void forward_rows(const Job *job, pack *y, const pack *x, const pack *residual,
-                       Py_ssize_t c, Py_ssize_t g) noexcept nogil:
+cdef inline void forward_columns(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t j, int k,
+                                 const pack *center, const pack *scale,
+                                 const pack *shift) noexcept nogil:
+    forward_pack(a, x, i + j, k, load(center, j, k), load(scale, j, k), load(shift, j, k))
+
+
+cdef void forward_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
+                       Py_ssize_t g) noexcept nogil:
     cdef Tile t = tile_of(job, c, g)
     cdef double buffer[3 * TILE]
     cdef pack *center = of_columns(job, t, <pack *> job.center, <pack *> &buffer[0])
     cdef pack *scale = of_columns(job, t, <pack *> job.scale, <pack *> &buffer[TILE])
     cdef pack *shift = of_columns(job, t, <pack *> job.shift, <pack *> &buffer[2 * TILE])
-    cdef Py_ssize_t r
-    for r in range(0, t.rows - 1, 2):
-        forward_row(job, y, x, residual, center, scale, shift,
-                    t.start + r * job.width, 2, t.columns)
-    if t.rows % 2:
-        forward_row(job, y, x, residual, center, scale, shift,
-                    t.start + (t.rows - 1) * job.width, 1, t.columns)
-    if t.rest:
-        forward_row(job, y, x, residual, center, scale, shift,
-                    t.start + t.rows * job.width, 1, t.rest)
+    cdef Py_ssize_t r, i, j, columns
+    for r in range(t.rows + (t.rest > 0)):
+        i = t.start + r * job.width
+        columns = t.columns if r < t.rows else t.rest
+        j = lead(a, x, i, columns)
+        if j > 0:
+            forward_columns(a, x, i, 0, <int> j, center, scale, shift)
+        while j + lanes(x) <= columns:
+            forward_columns(a, x, i, j, lanes(x), center, scale, shift)
+            j += lanes(x)
+        if j < columns:
+            forward_columns(a, x, i, j, <int> (columns - j), center, scale, shift)
 
 
 # --- Backward ------------------------------------------------------------------------------------
 
-cdef inline pack masked(const Job *job, const pack *dy, const pack *x, const pack *residual,
-                        Py_ssize_t i, int k, pack center, pack scale, pack shift) noexcept nogil:
-    """g = dy where the activation let the value through: the forward's own arithmetic again."""
-    cdef pack g = load(dy, i, k), value
-    if job.relu:
-        value = fma(sub(load(x, i, k), center), scale, shift)
-        if residual != NULL:
-            value = add(value, load(residual, i, k))
-        g = where_positive(value, g)
-    return g
-
-
-cdef inline void accumulate(double *sum_g, double *sum_gx, const double *mean, Py_ssize_t j,
-                            int k, d8 g, d8 x) noexcept nogil:
-    cdef d8 a = load(<const d8 *> sum_g, j, k), b = load(<const d8 *> sum_gx, j, k)
-    store(<d8 *> sum_g, j, k, add(a, g))
-    store(<d8 *> sum_gx, j, k, fma(g, sub(x, load(<const d8 *> mean, j, k)), b))
-
-
-cdef inline void accumulate_row(const Job *job, double *sum_g, double *sum_gx, const double *mean,
-                                const pack *center, const pack *scale, const pack *shift,
-                                const pack *dy, const pack *x, const pack *residual,
-                                Py_ssize_t i, Py_ssize_t j, int k) noexcept nogil:
-    cdef pack m = load(center, j, k), s = load(scale, j, k), b = load(shift, j, k)
-    cdef pack g = masked(job, dy, x, residual, i + j, k, m, s, b)
-    cdef pack u = load(x, i + j, k)
+cdef inline void sum_gradients(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t stride,
+                               int rows, Py_ssize_t j, int k, double *sum_g, double *sum_gx,
+                               const double *mean, const pack *center, const pack *scale,
+                               const pack *shift) noexcept nogil:
+    """sum_g += g and sum_gx += g (x - mean) over `rows` rows of columns [j, j + k)."""
+    cdef pack m = load(center, j, k), s = load(scale, j, k), b = load(shift, j, k), g, u
+    cdef d8 ga = load(<d8 *> sum_g, j, 8), xa = load(<d8 *> sum_gx, j, 8)
+    cdef d8 ma = load(<d8 *> mean, j, 8), gb, xb, mb
+    cdef int r
     if pack is f16:
-        accumulate(sum_g, sum_gx, mean, j, min(k, 8), f16_low(g), f16_low(u))
-        if k > 8:
-            accumulate(sum_g, sum_gx, mean, j + 8, k - 8, f16_high(g), f16_high(u))
-    else:
-        accumulate(sum_g, sum_gx, mean, j, k, g, u)
+        gb, xb = load(<d8 *> sum_g, j + 8, 8), load(<d8 *> sum_gx, j + 8, 8)
+        mb = load(<d8 *> mean, j + 8, 8)
+    for r in range(rows):
+        g = masked(a, x, i + r * stride + j, k, m, s, b)
+        u = load(x, i + r * stride + j, k)
+        if pack is f16:
+            ga = add(ga, f16_low(g))
+            gb = add(gb, f16_high(g))
+            xa = fma(f16_low(g), sub(f16_low(u), ma), xa)
+            xb = fma(f16_high(g), sub(f16_high(u), mb), xb)
+        else:
+            ga = add(ga, g)
+            xa = fma(g, sub(u, ma), xa)
+    store(<d8 *> sum_g, j, 8, ga)
+    store(<d8 *> sum_gx, j, 8, xa)
+    if pack is f16:
+        store(<d8 *> sum_g, j + 8, 8, gb)
+        store(<d8 *> sum_gx, j + 8, 8, xb)
 
 
-cdef void gradients_rows(const Job *job, const pack *dy, const pack *x, const pack *residual,
-                         Py_ssize_t c, Py_ssize_t g) noexcept nogil:
+cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
+                         Py_ssize_t g) noexcept nogil:
     """part_a, part_b <- sum(g) and sum(g (x - mean)) of chunk c of the features of group g."""
     cdef Tile t = tile_of(job, c, g)
-    cdef double sum_g[TILE]
-    cdef double sum_gx[TILE]
-    cdef double buffer[4 * TILE]
+    cdef double sum_g[TILE + PAD]
+    cdef double sum_gx[TILE + PAD]
+    cdef double mean[TILE + PAD]
+    cdef double buffer[3 * TILE]
     cdef pack *center = of_columns(job, t, <pack *> job.center, <pack *> &buffer[0])
     cdef pack *scale = of_columns(job, t, <pack *> job.scale, <pack *> &buffer[TILE])
     cdef pack *shift = of_columns(job, t, <pack *> job.shift, <pack *> &buffer[2 * TILE])
-    cdef double *mean = <double *> of_columns(job, t, <d8 *> job.mean, <d8 *> &buffer[3 * TILE])
     cdef double *part_a = job.part_a + c * job.features + t.first
     cdef double *part_b = job.part_b + c * job.features + t.first
-    cdef Py_ssize_t r, j, i, f, columns
-    memset(sum_g, 0, t.columns * sizeof(double))
-    memset(sum_gx, 0, t.columns * sizeof(double))
-    for r in range(t.rows + (t.rest > 0)):
+    cdef Py_ssize_t r = 0, i, j, f, columns
+    cdef int rows
+    memset(sum_g, 0, (t.columns + PAD) * sizeof(double))
+    memset(sum_gx, 0, (t.columns + PAD) * sizeof(double))
+    memset(mean + t.columns, 0, PAD * sizeof(double))
+    spread(<d8 *> mean, <d8 *> (job.mean + t.first), t.features, job.inner, job.fold)
+    while r < t.rows + (t.rest > 0):
         i = t.start + r * job.width
         columns = t.columns if r < t.rows else t.rest
+        rows = ROWS if r + ROWS <= t.rows else 1
         j = 0
-        while j + lanes(x) <= columns:
-            accumulate_row(job, sum_g, sum_gx, mean, center, scale, shift, dy, x, residual,
-                           i, j, lanes(x))
+        if rows == ROWS:
+            while j + lanes(x) <= columns:
+                prefetch_rows(at(<pack *> a.dy, i), job.width, ROWS * job.width + j)
+                prefetch_rows(at(x, i), job.width, ROWS * job.width + j)
+                sum_gradients(a, x, i, job.width, ROWS, j, lanes(x), sum_g, sum_gx, mean, center, scale,
+                              shift)
+                j += lanes(x)
+        while j < columns:
+            sum_gradients(a, x, i, job.width, rows, j, <int> min(lanes(x), columns - j), sum_g, sum_gx,
+                          mean, center, scale, shift)
             j += lanes(x)
-        if j < columns:
-            accumulate_row(job, sum_g, sum_gx, mean, center, scale, shift, dy, x, residual,
-                           i, j, <int> (columns - j))
+        r += rows
     for f in range(t.features):
         part_a[f] = gather(sum_g, f, t.features, job.inner, job.fold)
         part_b[f] = gather(sum_gx, f, t.features, job.inner, job.fold)
 
 
-cdef inline void backward_pack(const Job *job, pack *dx, pack *dresidual, const pack *x,
-                               Py_ssize_t i, int k, pack g, pack center, pack slope_g,
-                               pack slope_x, pack level) noexcept nogil:
-    cdef pack value
-    if job.operation == FROZEN:
-        value = mul(g, slope_g)
-    else:
-        value = fma(g, slope_g, fma(sub(load(x, i, k), center), slope_x, level))
-    if dresidual != NULL:
-        store(dresidual, i, k, g)
-    store(dx, i, k, value)
+cdef inline void backward_columns(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t j, int k,
+                                  const pack *center, const pack *scale,
+                                  const pack *shift, const pack *slope_g, const pack *slope_x,
+                                  const pack *level) noexcept nogil:
+    cdef pack m = load(center, j, k), s = load(scale, j, k), b = load(shift, j, k)
+    backward_pack(a, x, i + j, k, masked(a, x, i + j, k, m, s, b), m,
+                  load(slope_g, j, k), load(slope_x, j, k), load(level, j, k))
 
 
-cdef void backward_rows(const Job *job, pack *dx, pack *dresidual, const pack *dy, const pack *x,
-                        const pack *residual, Py_ssize_t c, Py_ssize_t g) noexcept nogil:
+cdef void backward_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
+                        Py_ssize_t g) noexcept nogil:
     cdef Tile t = tile_of(job, c, g)
     cdef double buffer[6 * TILE]
     cdef pack *center = of_columns(job, t, <pack *> job.center, <pack *> &buffer[0])
@@ -283,18 +262,17 @@ cdef void backward_rows(const Job *job, pack *dx, pack *dresidual, const pack *d
     cdef pack *slope_g = of_columns(job, t, <pack *> job.slope_g, <pack *> &buffer[3 * TILE])
     cdef pack *slope_x = of_columns(job, t, <pack *> job.slope_x, <pack *> &buffer[4 * TILE])
     cdef pack *level = of_columns(job, t, <pack *> job.level, <pack *> &buffer[5 * TILE])
-    cdef Py_ssize_t r, j, i, columns
-    cdef int k
-    cdef pack m
+    cdef Py_ssize_t r, i, j, columns
     for r in range(t.rows + (t.rest > 0)):
         i = t.start + r * job.width
         columns = t.columns if r < t.rows else t.rest
-        j = 0
-        while j < columns:
-            k = <int> min(lanes(x), columns - j)
-            m = load(center, j, k)
-            backward_pack(job, dx, dresidual, x, i + j, k,
-                          masked(job, dy, x, residual, i + j, k, m, load(scale, j, k),
-                                 load(shift, j, k)),
-                          m, load(slope_g, j, k), load(slope_x, j, k), load(level, j, k))
+        j = lead(a, x, i, columns)
+        if j > 0:
+            backward_columns(a, x, i, 0, <int> j, center, scale, shift, slope_g, slope_x, level)
+        while j + lanes(x) <= columns:
+            backward_columns(a, x, i, j, lanes(x), center, scale, shift, slope_g, slope_x,
+                             level)
             j += lanes(x)
+        if j < columns:
+            backward_columns(a, x, i, j, <int> (columns - j), center, scale, shift, slope_g,
+                             slope_x, level)

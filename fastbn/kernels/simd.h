@@ -39,6 +39,7 @@ INLINE void f16_store(float *p, f16 a) { _mm512_storeu_ps(p, a); }
 INLINE void d8_store(double *p, d8 a) { _mm512_storeu_pd(p, a); }
 INLINE void f16_stream(float *p, f16 a) { _mm512_stream_ps(p, a); }
 INLINE void d8_stream(double *p, d8 a) { _mm512_stream_pd(p, a); }
+#define fastbn_fence() _mm_sfence()
 #define F16_FIRST(k) ((__mmask16)((1u << (k)) - 1))
 #define D8_FIRST(k) ((__mmask8)((1u << (k)) - 1))
 INLINE f16 f16_load_part(const float *p, int k) { return _mm512_maskz_loadu_ps(F16_FIRST(k), p); }
@@ -96,6 +97,7 @@ INLINE void f16_store(float *p, f16 x) { _mm256_storeu_ps(p, x.a); _mm256_storeu
 INLINE void d8_store(double *p, d8 x) { _mm256_storeu_pd(p, x.a); _mm256_storeu_pd(p + 4, x.b); }
 INLINE void f16_stream(float *p, f16 x) { _mm256_stream_ps(p, x.a); _mm256_stream_ps(p + 8, x.b); }
 INLINE void d8_stream(double *p, d8 x) { _mm256_stream_pd(p, x.a); _mm256_stream_pd(p + 4, x.b); }
+#define fastbn_fence() _mm_sfence()
 INLINE f16 f16_load_part(const float *p, int k) {
     return f16_of(_mm256_maskload_ps(p, MASK32(k, 0)), _mm256_maskload_ps(p + 8, MASK32(k, 8)));
 }
@@ -178,6 +180,7 @@ INLINE f16 f16_load(const float *p) { f16 r; memcpy(&r, p, 64); return r; }
 INLINE d8 d8_load(const double *p) { d8 r; memcpy(&r, p, 64); return r; }
 INLINE void f16_store(float *p, f16 a) { memcpy(p, &a, 64); }
 INLINE void d8_store(double *p, d8 a) { memcpy(p, &a, 64); }
+#define fastbn_fence() ((void)0)
 #define f16_stream f16_store
 #define d8_stream d8_store
 INLINE f16 f16_load_part(const float *p, int k) { LANE(f16, 16, i < k ? p[i] : 0); }

@@ -11,6 +11,7 @@ cdef extern from "simd.h" nogil:
         pass
     const char *FASTBN_SIMD
     void fastbn_prefetch(const void *p)
+    void fastbn_fence()
 
     f16 f16_load(const float *p)
     d8 d8_load(const double *p)
@@ -102,6 +103,14 @@ cdef inline void store(pack *p, Py_ssize_t i, int k, pack a) noexcept nogil:
             d8_store(<double *> p + i, a)
         else:
             d8_store_part(<double *> p + i, a, k)
+
+
+cdef inline void stream(pack *p, Py_ssize_t i, pack a) noexcept nogil:
+    """A whole pack to memory past the caches; at(p, i) is aligned to 64 bytes."""
+    if pack is f16:
+        f16_stream(<float *> p + i, a)
+    else:
+        d8_stream(<double *> p + i, a)
 
 
 cdef inline d8 widen(const pack *p, Py_ssize_t i, int k) noexcept nogil:

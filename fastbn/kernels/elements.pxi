@@ -1,0 +1,53 @@
+# What is done to each pack of elements, in either layout, once its parameters are in registers.
+# `Arrays` goes by value: through a pointer, its fields would be read again after every store.
+
+cdef inline void put_result(Arrays a, Py_ssize_t i, int k, pack value) noexcept nogil:
+    if a.stream and k == lanes(<pack *> a.y):
+        stream(<pack *> a.y, i, value)
+    else:
+        store(<pack *> a.y, i, k, value)
+
+
+cdef inline int lead(Arrays a, const pack *tag, Py_ssize_t i, Py_ssize_t n) noexcept nogil:
+    """Elements (at most n) to store before y + i is aligned, as streaming needs it."""
+    if not a.stream:
+        return 0
+    cdef size_t beyond = <size_t> at(<pack *> a.y, i) % 64
+    return <int> min(n, <Py_ssize_t> ((64 - beyond) % 64 * lanes(tag) // 64))
+
+
+cdef inline void forward_pack(Arrays a, const pack *x, Py_ssize_t i, int k,
+                              pack center, pack scale, pack shift) noexcept nogil:
+    """y = relu((x - center) * scale + shift + residual)"""
+    cdef pack value = fma(sub(load(x, i, k), center), scale, shift)
+    if a.residual != NULL:
+        value = add(value, load(<const pack *> a.residual, i, k))
+    if a.relu:
+        value = relu(value)
+    put_result(a, i, k, value)
+
+
+cdef inline pack masked(Arrays a, const pack *x, Py_ssize_t i, int k,
+                        pack center, pack scale, pack shift) noexcept nogil:
+    """g = dy where the activation let the value through: the forward's own arithmetic again."""
+    cdef pack g = load(<const pack *> a.dy, i, k), value
+    if a.relu:
+        value = fma(sub(load(x, i, k), center), scale, shift)
+        if a.residual != NULL:
+            value = add(value, load(<const pack *> a.residual, i, k))
+        g = where_positive(value, g)
+    return g
+
+
+cdef inline void backward_pack(Arrays a, const pack *x, Py_ssize_t i, int k,
+                               pack g, pack center, pack slope_g, pack slope_x,
+                               pack level) noexcept nogil:
+    """dx = g * slope_g + ((x - center) * slope_x + level), and dresidual = g"""
+    cdef pack value
+    if a.frozen:
+        value = mul(g, slope_g)
+    else:
+        value = fma(g, slope_g, fma(sub(load(x, i, k), center), slope_x, level))
+    if a.dresidual != NULL:
+        store(<pack *> a.dresidual, i, k, g)
+    put_result(a, i, k, value)
