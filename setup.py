@@ -8,22 +8,28 @@ import platform
 import shutil
 import sys
 import tempfile
+from glob import glob
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = "fastbn/kernels"
-SOURCES = [
-    f"{KERNELS}/{name}"
-    for name in ("kernels.pxi", "job.pxi", "features.pxi", "elements.pxi", "rows.pxi", "planes.pxi", "simd.pxd")
-] + [f"{KERNELS}/{name}" for name in ("simd.h", "team.h", "cpu.h")]
+SOURCES = [*glob(f"{KERNELS}/*.px[id]"), *glob(f"{KERNELS}/*.h")]
 
 # -ffp-contract=off: a multiply-add is fused only where simd.h says so, so that AVX2 and AVX-512
 # give the same bits. Nothing here changes the meaning of floating point for the process.
-COMMON = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-g0"]
-# The inline functions of a kernel take compile-time constants: they must really be inlined.
-COMMON.append("-DCYTHON_INLINE=inline __attribute__((always_inline))")
+# -fno-strict-aliasing: a pack * points to float or double data (simd.pxd). CYTHON_INLINE: the
+# inline functions of a kernel take compile-time constants, so they must really be inlined.
+COMMON = [
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-strict-aliasing",
+    "-g0",
+    "-DCYTHON_INLINE=inline __attribute__((always_inline))",
+]
 FLAGS = {
     "_cpu": [],
     "_generic": [],

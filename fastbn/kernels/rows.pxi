@@ -131,53 +131,77 @@ cdef void moments_rows(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t g
             break
 
 
-# --- y = (x - center) * scale + shift ----------------------------------------------------------
-# A row at a time: the parameters come from L1, and memory sees one stream in and one out.
+# --- Parameters by column ------------------------------------------------------------------------
 
-cdef inline pack *of_columns(const Job *job, Tile t, const pack *values,
-                             pack *buffer) noexcept nogil:
+cdef struct Columns:
+    void *center
+    void *scale
+    void *shift
+    void *slope_g
+    void *slope_x
+    void *level
+
+
+cdef inline void *by_column(const Job *job, Tile t, const pack *values,
+                            double *buffer) noexcept nogil:
     """A per-feature parameter by column: itself where columns are features, else spread out."""
     if job.fold == 1 and job.inner == 1:
-        return at(values, t.first)
-    spread(buffer, at(values, t.first), t.features, job.inner, job.fold)
+        return <void *> at(values, t.first)
+    spread(<pack *> buffer, at(values, t.first), t.features, job.inner, job.fold)
     return buffer
 
 
-cdef inline void forward_columns(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t j, int k,
-                                 const pack *center, const pack *scale,
-                                 const pack *shift) noexcept nogil:
-    forward_pack(a, x, i + j, k, load(center, j, k), load(scale, j, k), load(shift, j, k))
+cdef inline Columns forward_columns(const Job *job, const pack *tag, Tile t,
+                                    double *buffer) noexcept nogil:
+    """Those of the forward; `buffer` has room for 3 * TILE."""
+    cdef Columns p
+    p.center = by_column(job, t, <pack *> job.center, buffer)
+    p.scale = by_column(job, t, <pack *> job.scale, buffer + TILE)
+    p.shift = by_column(job, t, <pack *> job.shift, buffer + 2 * TILE)
+    return p
+
+
+# --- y = (x - center) * scale + shift ------------------------------------------------------------
+# A row at a time: the parameters come from L1, and memory sees one stream in and one out.
+
+cdef inline void forward_at(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t j, int k,
+                            Columns p) noexcept nogil:
+    forward_pack(a, x, i + j, k, load(<pack *> p.center, j, k), load(<pack *> p.scale, j, k),
+                 load(<pack *> p.shift, j, k))
 
 
 cdef void forward_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
                        Py_ssize_t g) noexcept nogil:
     cdef Tile t = tile_of(job, c, g)
     cdef double buffer[3 * TILE]
-    cdef pack *center = of_columns(job, t, <pack *> job.center, <pack *> &buffer[0])
-    cdef pack *scale = of_columns(job, t, <pack *> job.scale, <pack *> &buffer[TILE])
-    cdef pack *shift = of_columns(job, t, <pack *> job.shift, <pack *> &buffer[2 * TILE])
+    cdef Columns p = forward_columns(job, x, t, buffer)
     cdef Py_ssize_t r, i, j, columns
     for r in range(t.rows + (t.rest > 0)):
         i = t.start + r * job.width
         columns = t.columns if r < t.rows else t.rest
         j = lead(a, x, i, columns)
         if j > 0:
-            forward_columns(a, x, i, 0, <int> j, center, scale, shift)
+            forward_at(a, x, i, 0, <int> j, p)
         while j + lanes(x) <= columns:
-            forward_columns(a, x, i, j, lanes(x), center, scale, shift)
+            forward_at(a, x, i, j, lanes(x), p)
             j += lanes(x)
         if j < columns:
-            forward_columns(a, x, i, j, <int> (columns - j), center, scale, shift)
+            forward_at(a, x, i, j, <int> (columns - j), p)
 
 
 # --- Backward ------------------------------------------------------------------------------------
 
-cdef inline void sum_gradients(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t stride,
-                               int rows, Py_ssize_t j, int k, double *sum_g, double *sum_gx,
-                               const double *mean, const pack *center, const pack *scale,
-                               const pack *shift) noexcept nogil:
+cdef inline pack masked_at(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t j, int k,
+                           Columns p) noexcept nogil:
+    return masked(a, x, i, k, load(<pack *> p.center, j, k), load(<pack *> p.scale, j, k),
+                  load(<pack *> p.shift, j, k))
+
+
+cdef inline void sum_gradients(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t stride, int rows,
+                               Py_ssize_t j, int k, double *sum_g, double *sum_gx,
+                               const double *mean, Columns p) noexcept nogil:
     """sum_g += g and sum_gx += g (x - mean) over `rows` rows of columns [j, j + k)."""
-    cdef pack m = load(center, j, k), s = load(scale, j, k), b = load(shift, j, k), g, u
+    cdef pack g, u
     cdef d8 ga = load(<d8 *> sum_g, j, 8), xa = load(<d8 *> sum_gx, j, 8)
     cdef d8 ma = load(<d8 *> mean, j, 8), gb, xb, mb
     cdef int r
@@ -185,7 +209,7 @@ cdef inline void sum_gradients(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t
         gb, xb = load(<d8 *> sum_g, j + 8, 8), load(<d8 *> sum_gx, j + 8, 8)
         mb = load(<d8 *> mean, j + 8, 8)
     for r in range(rows):
-        g = masked(a, x, i + r * stride + j, k, m, s, b)
+        g = masked_at(a, x, i + r * stride + j, j, k, p)
         u = load(x, i + r * stride + j, k)
         if pack is f16:
             ga = add(ga, f16_low(g))
@@ -210,9 +234,7 @@ cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
     cdef double sum_gx[TILE + PAD]
     cdef double mean[TILE + PAD]
     cdef double buffer[3 * TILE]
-    cdef pack *center = of_columns(job, t, <pack *> job.center, <pack *> &buffer[0])
-    cdef pack *scale = of_columns(job, t, <pack *> job.scale, <pack *> &buffer[TILE])
-    cdef pack *shift = of_columns(job, t, <pack *> job.shift, <pack *> &buffer[2 * TILE])
+    cdef Columns p = forward_columns(job, x, t, buffer)
     cdef double *part_a = job.part_a + c * job.features + t.first
     cdef double *part_b = job.part_b + c * job.features + t.first
     cdef Py_ssize_t r = 0, i, j, f, columns
@@ -230,12 +252,11 @@ cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
             while j + lanes(x) <= columns:
                 prefetch_rows(at(<pack *> a.dy, i), job.width, ROWS * job.width + j)
                 prefetch_rows(at(x, i), job.width, ROWS * job.width + j)
-                sum_gradients(a, x, i, job.width, ROWS, j, lanes(x), sum_g, sum_gx, mean, center, scale,
-                              shift)
+                sum_gradients(a, x, i, job.width, ROWS, j, lanes(x), sum_g, sum_gx, mean, p)
                 j += lanes(x)
         while j < columns:
-            sum_gradients(a, x, i, job.width, rows, j, <int> min(lanes(x), columns - j), sum_g, sum_gx,
-                          mean, center, scale, shift)
+            sum_gradients(a, x, i, job.width, rows, j, <int> min(lanes(x), columns - j),
+                          sum_g, sum_gx, mean, p)
             j += lanes(x)
         r += rows
     for f in range(t.features):
@@ -243,36 +264,30 @@ cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
         part_b[f] = gather(sum_gx, f, t.features, job.inner, job.fold)
 
 
-cdef inline void backward_columns(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t j, int k,
-                                  const pack *center, const pack *scale,
-                                  const pack *shift, const pack *slope_g, const pack *slope_x,
-                                  const pack *level) noexcept nogil:
-    cdef pack m = load(center, j, k), s = load(scale, j, k), b = load(shift, j, k)
-    backward_pack(a, x, i + j, k, masked(a, x, i + j, k, m, s, b), m,
-                  load(slope_g, j, k), load(slope_x, j, k), load(level, j, k))
+cdef inline void backward_at(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t j, int k,
+                             Columns p) noexcept nogil:
+    backward_pack(a, x, i + j, k, masked_at(a, x, i + j, j, k, p), load(<pack *> p.center, j, k),
+                  load(<pack *> p.slope_g, j, k), load(<pack *> p.slope_x, j, k),
+                  load(<pack *> p.level, j, k))
 
 
 cdef void backward_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
                         Py_ssize_t g) noexcept nogil:
     cdef Tile t = tile_of(job, c, g)
     cdef double buffer[6 * TILE]
-    cdef pack *center = of_columns(job, t, <pack *> job.center, <pack *> &buffer[0])
-    cdef pack *scale = of_columns(job, t, <pack *> job.scale, <pack *> &buffer[TILE])
-    cdef pack *shift = of_columns(job, t, <pack *> job.shift, <pack *> &buffer[2 * TILE])
-    cdef pack *slope_g = of_columns(job, t, <pack *> job.slope_g, <pack *> &buffer[3 * TILE])
-    cdef pack *slope_x = of_columns(job, t, <pack *> job.slope_x, <pack *> &buffer[4 * TILE])
-    cdef pack *level = of_columns(job, t, <pack *> job.level, <pack *> &buffer[5 * TILE])
+    cdef Columns p = forward_columns(job, x, t, buffer)
     cdef Py_ssize_t r, i, j, columns
+    p.slope_g = by_column(job, t, <pack *> job.slope_g, buffer + 3 * TILE)
+    p.slope_x = by_column(job, t, <pack *> job.slope_x, buffer + 4 * TILE)
+    p.level = by_column(job, t, <pack *> job.level, buffer + 5 * TILE)
     for r in range(t.rows + (t.rest > 0)):
         i = t.start + r * job.width
         columns = t.columns if r < t.rows else t.rest
         j = lead(a, x, i, columns)
         if j > 0:
-            backward_columns(a, x, i, 0, <int> j, center, scale, shift, slope_g, slope_x, level)
+            backward_at(a, x, i, 0, <int> j, p)
         while j + lanes(x) <= columns:
-            backward_columns(a, x, i, j, lanes(x), center, scale, shift, slope_g, slope_x,
-                             level)
+            backward_at(a, x, i, j, lanes(x), p)
             j += lanes(x)
         if j < columns:
-            backward_columns(a, x, i, j, <int> (columns - j), center, scale, shift, slope_g,
-                             slope_x, level)
+            backward_at(a, x, i, j, <int> (columns - j), p)
