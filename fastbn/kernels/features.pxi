@@ -1,13 +1,11 @@
 # What is done per feature: chunk sums become moments, moments become parameters.
 
-cdef extern from "math.h" nogil:
-    double sqrt(double)
-    double fabs(double)
-    int isfinite(double)
+from libc.float cimport DBL_MAX
+from libc.math cimport fabs, isfinite, sqrt
 
 
 cdef inline double finite_or_zero(double value) noexcept nogil:
-    return value if isfinite(value) else 0.0
+    return value if fabs(value) <= DBL_MAX else 0.0
 
 
 cdef inline double origin(const Job *job, const pack *x, Py_ssize_t f) noexcept nogil:
@@ -19,45 +17,58 @@ cdef inline double origin(const Job *job, const pack *x, Py_ssize_t f) noexcept 
     return finite_or_zero(element(x, f * job.inner))
 
 
-cdef inline bint close_chunk(double sum1, double sum2, double n, double *offset,
-                             double *m2) noexcept nogil:
+cdef inline bint cancelled(double m2, double sum2) noexcept nogil:
+    """Whether m2 = sum2 - sum1^2 / n lost more than 6 bits: its pivot was far from the mean."""
+    return m2 * 64 < sum2
+
+
+cdef bint close_chunk(const double *sum1, const double *sum2, Py_ssize_t features, double n,
+                      double *offset, double *m2) noexcept nogil:
     """Moments of a chunk from its sums of (x - pivot) and (x - pivot)^2.
 
-    True if they should be summed again about `pivot + offset`: m2 = sum2 - sum1^2 / n cancels
-    when the pivot is far from the mean (here: more than 6 bits lost), which happens where the
-    first element of a chunk is an outlier.
+    True if a feature should be summed again about `pivot + offset`, because of cancellation. It
+    happens where the first element of a chunk is an outlier.
     """
-    offset[0] = sum1 / n
-    m2[0] = sum2 - sum1 * offset[0]
-    cdef bint cancelled = m2[0] * 64 < sum2
-    if m2[0] < 0:
-        m2[0] = 0
-    return cancelled
+    cdef Py_ssize_t f, again = 0
+    cdef double mean, square
+    for f in range(features):
+        mean = sum1[f] / n
+        square = sum2[f] - sum1[f] * mean
+        square = 0.0 if square < 0 else square
+        again += cancelled(square, sum2[f])
+        offset[f] = mean
+        m2[f] = square
+    return again > 0
 
 
 cdef void merge_chunks(const Job *job, const pack *x, Py_ssize_t f0, Py_ssize_t f1) noexcept nogil:
     """mean and m2 of features [f0, f1) from their chunks, in order (Chan, Golub & LeVeque 1983)."""
-    cdef Py_ssize_t c, f
-    cdef const double *mean
-    cdef const double *m2
+    cdef Py_ssize_t c, f, odd = 0
+    cdef double *mean = job.mean
+    cdef double *m2 = job.m2
+    cdef const double *mean_c = job.part_a
+    cdef const double *m2_c = job.part_b
     cdef double n, count = chunk_count(job, 0), delta, weight
     for f in range(f0, f1):
-        job.mean[f] = job.part_a[f]
-        job.m2[f] = job.part_b[f]
+        mean[f] = mean_c[f]
+        m2[f] = m2_c[f]
     for c in range(1, job.chunks):
         n = chunk_count(job, c)
-        mean = job.part_a + c * job.features
-        m2 = job.part_b + c * job.features
+        mean_c += job.features
+        m2_c += job.features
         weight = n / (count + n)
         for f in range(f0, f1):
-            delta = mean[f] - job.mean[f]
-            job.mean[f] = job.mean[f] + delta * weight
-            job.m2[f] = job.m2[f] + (m2[f] + delta * delta * (weight * count))
+            delta = mean_c[f] - mean[f]
+            mean[f] = mean[f] + delta * weight
+            m2[f] = m2[f] + (m2_c[f] + delta * delta * (weight * count))
         count += n
     for f in range(f0, f1):
-        job.mean[f] = origin(job, x, f) + job.mean[f]
-        if not (isfinite(job.mean[f]) and isfinite(job.m2[f])):
-            moments_of_extremes(job, x, f)
+        mean[f] = origin(job, x, f) + mean[f]
+        odd += not (fabs(mean[f]) <= DBL_MAX and m2[f] <= DBL_MAX)
+    if odd:
+        for f in range(f0, f1):
+            if not (fabs(mean[f]) <= DBL_MAX and m2[f] <= DBL_MAX):
+                moments_of_extremes(job, x, f)
 
 
 cdef void moments_of_extremes(const Job *job, const pack *x, Py_ssize_t f) noexcept nogil:
@@ -87,19 +98,6 @@ cdef void moments_of_extremes(const Job *job, const pack *x, Py_ssize_t f) noexc
         job.m2[f] = odd - odd
 
 
-cdef void affine(const Job *job, const pack *tag, Py_ssize_t f, double mean, double scale,
-                 double shift) noexcept nogil:
-    """Parameters of y = (x - mean) * scale + shift in the dtype of x.
-
-    The mean is split: what the dtype holds is subtracted from x first, exactly where x is near
-    it, and the remainder goes into the shift. Folding all of the mean into the shift instead
-    would cancel when |mean| is much larger than the standard deviation.
-    """
-    put(<pack *> job.center, f, mean)
-    put(<pack *> job.scale, f, scale)
-    put(<pack *> job.shift, f, shift - (mean - element(<pack *> job.center, f)) * scale)
-
-
 cdef inline double over_std(double value, double var, double eps) noexcept nogil:
     """value / sqrt(var + eps), and 0 for a constant feature without eps."""
     cdef double std = sqrt(var + eps)
@@ -108,14 +106,28 @@ cdef inline double over_std(double value, double var, double eps) noexcept nogil
 
 cdef void forward_parameters(const Job *job, const pack *tag, Py_ssize_t f0, Py_ssize_t f1,
                              bint from_m2) noexcept nogil:
-    """Parameters of y = (x - mean) / sqrt(var + eps) * gamma + beta (Ioffe & Szegedy 2015)."""
+    """Parameters of y = (x - mean) / sqrt(var + eps) * gamma + beta (Ioffe & Szegedy 2015).
+
+    In the dtype of x, and with the mean split: what the dtype holds of it is subtracted from x
+    first, exactly where x is near it, and the remainder goes into the shift. Folding all of the
+    mean into the shift would cancel when |mean| is much larger than the standard deviation.
+    """
     cdef Py_ssize_t f
-    cdef double n = job.outer * job.inner, var
+    cdef double n = job.outer * job.inner, eps = job.eps, slope
+    cdef const double *mean = job.mean
+    cdef const double *var = job.m2 if from_m2 else job.var
+    cdef const double *gamma = job.gamma
+    cdef const double *beta = job.beta
+    cdef pack *center = <pack *> job.center
+    cdef pack *scale = <pack *> job.scale
+    cdef pack *shift = <pack *> job.shift
+    if not from_m2:
+        n = 1
     for f in range(f0, f1):
-        var = job.m2[f] / n if from_m2 else job.var[f]
-        affine(job, tag, f, job.mean[f],
-               over_std(job.gamma[f] if job.gamma else 1.0, var, job.eps),
-               job.beta[f] if job.beta else 0.0)
+        slope = over_std(gamma[f] if gamma else 1.0, var[f] / n, eps)
+        put(center, f, mean[f])
+        put(scale, f, slope)
+        put(shift, f, (beta[f] if beta else 0.0) - (mean[f] - element(center, f)) * slope)
 
 
 cdef void merge_gradients(const Job *job, Py_ssize_t f0, Py_ssize_t f1) noexcept nogil:
@@ -138,13 +150,16 @@ cdef void backward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
     two means are not there, and dx = g * slope_g.
     """
     cdef Py_ssize_t f
-    cdef double n = job.outer * job.inner, slope, slope_x, residue
+    cdef double n = job.outer * job.inner, eps = job.eps, slope, slope_x, residue
+    cdef const double *mean = job.mean
+    cdef const double *var = job.var
+    cdef const double *gamma = job.gamma
+    cdef pack *center = <pack *> job.center
     for f in range(f0, f1):
-        slope = over_std(job.gamma[f] if job.gamma else 1.0, job.var[f], job.eps)
+        slope = over_std(gamma[f] if gamma else 1.0, var[f], eps)
         put(<pack *> job.slope_g, f, slope)
         if job.operation == BACKWARD:
-            slope_x = -slope * over_std(over_std(job.sum_gx[f] / n, job.var[f], job.eps),
-                                        job.var[f], job.eps)
-            residue = job.mean[f] - element(<pack *> job.center, f)
+            slope_x = -slope * over_std(over_std(job.sum_gx[f] / n, var[f], eps), var[f], eps)
+            residue = mean[f] - element(center, f)
             put(<pack *> job.slope_x, f, slope_x)
             put(<pack *> job.level, f, -slope * (job.sum_g[f] / n) - slope_x * residue)

@@ -17,7 +17,7 @@
 
 cdef enum:
     TILE = 512          # most columns of a rows group: accumulators and parameters stay in L1
-    CHUNK = 65536       # elements of a tile's chunk (rows): 256 KB of float32
+    CHUNK = 131072      # elements of a tile's chunk (rows): 0.5 MB of float32
     SPAN = 16384        # elements of a chunk in planes: few enough sums per lane to lose nothing
     SHORT_RUN = 512     # runs up to this length are worked on as rows
     GRAIN = 32768       # elements that make it worth to wake another thread

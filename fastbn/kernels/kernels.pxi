@@ -15,7 +15,7 @@ from cpython.buffer cimport (
 )
 from cython.parallel cimport parallel
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from fastbn.kernels.simd cimport *
 

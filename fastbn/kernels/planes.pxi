@@ -23,7 +23,9 @@ cdef void moments_planes(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t
     """part_a, part_b <- moments of chunk c of feature f."""
     cdef Chunk t = chunk_of(job, c, f)
     cdef double pivot = finite_or_zero(element(x, t.start))
-    cdef double mean, m2, offset
+    cdef double *mean = job.part_a + c * job.features + f
+    cdef double *m2 = job.part_b + c * job.features + f
+    cdef double total1, total2
     cdef d8 p, u, v, sum1, sum1b, sum2, sum2b, zero = d8_splat(0)
     cdef Py_ssize_t r, i, end
     cdef int attempt
@@ -48,14 +50,12 @@ cdef void moments_planes(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t
                 sum1 = add(sum1, u)
                 sum2 = fma(u, u, sum2)
                 i += 8
-        offset = pivot - origin(job, x, f)
-        if not close_chunk(d8_sum(add(sum1, sum1b)), d8_sum(add(sum2, sum2b)),
-                           t.length * t.runs, &mean, &m2):
+        total1 = d8_sum(add(sum1, sum1b))
+        total2 = d8_sum(add(sum2, sum2b))
+        if not close_chunk(&total1, &total2, 1, t.length * t.runs, mean, m2) or attempt == 1:
             break
-        if attempt == 0:
-            pivot += mean
-    job.part_a[c * job.features + f] = offset + mean
-    job.part_b[c * job.features + f] = m2
+        pivot += mean[0]
+    mean[0] += pivot - origin(job, x, f)
 
 
 cdef void forward_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,

@@ -13,23 +13,31 @@ cdef enum:
 cdef void spread(pack *columns, const pack *values, Py_ssize_t features, Py_ssize_t inner,
                  Py_ssize_t fold) noexcept nogil:
     """One value per feature -> one value per column of a tile."""
-    cdef Py_ssize_t k, f, i, j = 0
-    for k in range(fold):
+    cdef Py_ssize_t k, f, i, size = features * inner * 64 // lanes(values)
+    if inner == 1:
+        memcpy(columns, values, size)
+    else:
         for f in range(features):
             for i in range(inner):
-                put(columns, j, element(values, f))
-                j += 1
+                put(columns, f * inner + i, element(values, f))
+    for k in range(1, fold):
+        memcpy(at(columns, k * features * inner), columns, size)
 
 
-cdef double gather(const double *columns, Py_ssize_t f, Py_ssize_t features, Py_ssize_t inner,
-                   Py_ssize_t fold) noexcept nogil:
-    """The sum of feature f's columns."""
-    cdef Py_ssize_t k, i
-    cdef double total = 0
-    for k in range(fold):
-        for i in range(inner):
-            total += columns[(k * features + f) * inner + i]
-    return total
+cdef void gather(double *columns, Py_ssize_t features, Py_ssize_t inner,
+                 Py_ssize_t fold) noexcept nogil:
+    """columns[f] <- the sum of feature f's columns, in place."""
+    cdef Py_ssize_t k, i, f, sample = features * inner
+    cdef double total
+    for k in range(1, fold):
+        for i in range(sample):
+            columns[i] += columns[k * sample + i]
+    if inner > 1:
+        for f in range(features):
+            total = columns[f * inner]
+            for i in range(1, inner):
+                total += columns[f * inner + i]
+            columns[f] = total
 
 
 cdef inline void sum_columns(double *sum1, double *sum2, const double *pivot, const pack *x,
@@ -97,38 +105,34 @@ cdef inline Tile tile_of(const Job *job, Py_ssize_t c, Py_ssize_t g) noexcept no
 cdef void moments_rows(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t g) noexcept nogil:
     """part_a, part_b <- moments of chunk c of the features of group g."""
     cdef Tile t = tile_of(job, c, g)
-    cdef double pivot[TILE + PAD]
+    cdef double first[TILE]         # a value of the chunk for each feature: its pivot
+    cdef double pivot[TILE + PAD]   # the same by column
     cdef double sum1[TILE + PAD]
     cdef double sum2[TILE + PAD]
-    cdef double first[TILE]
     cdef double *mean = job.part_a + c * job.features + t.first
     cdef double *m2 = job.part_b + c * job.features + t.first
-    cdef double offset, n = chunk_count(job, c)
-    cdef Py_ssize_t f, attempt
-    cdef bint again = False
-    cdef bint direct = job.fold == 1 and job.inner == 1
+    cdef double n = chunk_count(job, c)
+    cdef Py_ssize_t f
+    cdef int attempt
     for f in range(t.features):
         first[f] = finite_or_zero(element(x, t.start + f * job.inner))
     for attempt in range(2):
-        memset(pivot + (t.columns & ~7), 0, 8 * sizeof(double))
+        memset(pivot + t.columns, 0, PAD * sizeof(double))
         spread(<d8 *> pivot, <d8 *> first, t.features, job.inner, job.fold)
-        memset(sum1, 0, (t.columns + 8) * sizeof(double))
-        memset(sum2, 0, (t.columns + 8) * sizeof(double))
+        memset(sum1, 0, (t.columns + PAD) * sizeof(double))
+        memset(sum2, 0, (t.columns + PAD) * sizeof(double))
         sum_rows(sum1, sum2, pivot, at(x, t.start), job.width, t.rows, t.columns)
         if t.rest:
             sum_rows(sum1, sum2, pivot, at(x, t.start + t.rows * job.width), job.width, 1, t.rest)
-        again = False
-        for f in range(t.features):
-            if not direct:
-                sum1[f] = gather(sum1, f, t.features, job.inner, job.fold)
-                sum2[f] = gather(sum2, f, t.features, job.inner, job.fold)
-            offset = first[f] - origin(job, x, t.first + f)
-            if close_chunk(sum1[f], sum2[f], n, &mean[f], &m2[f]) and attempt == 0:
-                first[f] += mean[f]
-                again = True
-            mean[f] += offset
-        if not again:
+        gather(sum1, t.features, job.inner, job.fold)
+        gather(sum2, t.features, job.inner, job.fold)
+        if not close_chunk(sum1, sum2, t.features, n, mean, m2) or attempt == 1:
             break
+        for f in range(t.features):
+            if cancelled(m2[f], sum2[f]):
+                first[f] += mean[f]
+    for f in range(t.features):
+        mean[f] += first[f] - origin(job, x, t.first + f)
 
 
 # --- Parameters by column ------------------------------------------------------------------------
@@ -235,9 +239,7 @@ cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
     cdef double mean[TILE + PAD]
     cdef double buffer[3 * TILE]
     cdef Columns p = forward_columns(job, x, t, buffer)
-    cdef double *part_a = job.part_a + c * job.features + t.first
-    cdef double *part_b = job.part_b + c * job.features + t.first
-    cdef Py_ssize_t r = 0, i, j, f, columns
+    cdef Py_ssize_t r = 0, i, j, columns
     cdef int rows
     memset(sum_g, 0, (t.columns + PAD) * sizeof(double))
     memset(sum_gx, 0, (t.columns + PAD) * sizeof(double))
@@ -259,9 +261,10 @@ cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
                           sum_g, sum_gx, mean, p)
             j += lanes(x)
         r += rows
-    for f in range(t.features):
-        part_a[f] = gather(sum_g, f, t.features, job.inner, job.fold)
-        part_b[f] = gather(sum_gx, f, t.features, job.inner, job.fold)
+    gather(sum_g, t.features, job.inner, job.fold)
+    gather(sum_gx, t.features, job.inner, job.fold)
+    memcpy(job.part_a + c * job.features + t.first, sum_g, t.features * sizeof(double))
+    memcpy(job.part_b + c * job.features + t.first, sum_gx, t.features * sizeof(double))
 
 
 cdef inline void backward_at(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t j, int k,
