@@ -44,8 +44,17 @@ def _mean_and_var(stats: Stats, features: int) -> tuple[Array, Array]:
     return mean, var
 
 
+def _table(features: int, count: float) -> Array:
+    """Room for Moments: rows of count, mean and m2."""
+    table = np.empty((3, features))
+    table[0] = count
+    return table
+
+
 def _no_data(features: int) -> Moments:
-    return Moments._wrap(np.zeros(features), np.full(features, np.nan), np.zeros(features))
+    table = _table(features, 0)
+    table[1:] = [[np.nan], [0]]
+    return Moments._wrap(table)
 
 
 def moments(
@@ -105,10 +114,9 @@ def moments(
     if a.size == 0:
         return _no_data(features)
     x3 = layout_of(a, axis).dense(a, compute_dtype(a))
-    count = np.full(features, a.size / features)
-    mean, m2 = np.empty((2, features))
-    _runtime.kernels.moments(mean, m2, x3, _runtime.get_num_threads())
-    return Moments._wrap(count, mean, m2)
+    table = _table(features, a.size / features)
+    _runtime.kernels.moments(table[1], table[2], x3, _runtime.get_num_threads())
+    return Moments._wrap(table)
 
 
 def normalize(
@@ -231,12 +239,11 @@ def batch_norm(
     target = Target(out, layout, dtype, [a, residual, gamma, beta])
     x3 = layout.dense(a, dtype)
     r3 = None if residual is None else layout.dense(residual, dtype)
-    count = np.full(features, a.size / features)
-    mean, m2 = np.empty((2, features))
+    table = _table(features, a.size / features)
     _runtime.kernels.forward(
-        target.view, mean, m2, x3, r3, gamma, beta, eps, relu, _runtime.get_num_threads()
+        target.view, table[1], table[2], x3, r3, gamma, beta, eps, relu, _runtime.get_num_threads()
     )
-    return target.result(), Moments._wrap(count, mean, m2)
+    return target.result(), Moments._wrap(table)
 
 
 def batch_norm_backward(

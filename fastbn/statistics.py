@@ -41,37 +41,45 @@ class Moments:
     array([2.])
     """
 
-    __slots__ = ("count", "m2", "mean")
+    __slots__ = ("_table",)
 
-    count: Array
-    mean: Array
-    m2: Array
+    _table: Array  # (3, C): count, mean and m2; read-only
 
     def __init__(self, count: Any, mean: Any, m2: Any) -> None:
         features = np.shape(mean)[0] if np.ndim(mean) == 1 else -1
         if features < 0:
             raise ValueError(f"mean: expected shape (C,), got {np.shape(mean)}")
-        arrays = [
-            per_feature(value, name, features).copy()
-            for name, value in (("count", count), ("mean", mean), ("m2", m2))
-        ]
-        if (arrays[0] < 0).any():
-            raise ValueError(f"count: expected numbers >= 0, got {arrays[0].min()}")
-        if (arrays[2] < 0).any():
-            raise ValueError(f"m2: expected numbers >= 0, got {arrays[2].min()}")
-        self._set(*arrays)
-
-    def _set(self, count: Array, mean: Array, m2: Array) -> None:
-        for a in (count, mean, m2):
-            a.flags.writeable = False
-        self.count, self.mean, self.m2 = count, mean, m2
+        table = np.empty((3, features))
+        for row, (name, value) in enumerate((("count", count), ("mean", mean), ("m2", m2))):
+            table[row] = per_feature(value, name, features)
+        for row, name in ((0, "count"), (2, "m2")):
+            if (table[row] < 0).any():
+                raise ValueError(f"{name}: expected numbers >= 0, got {table[row].min()}")
+        table.flags.writeable = False
+        self._table = table
 
     @classmethod
-    def _wrap(cls, count: Array, mean: Array, m2: Array) -> Self:
-        """From arrays that nobody else holds, unchecked and uncopied."""
+    def _wrap(cls, table: Array) -> Self:
+        """From a table that nobody else holds, unchecked and uncopied."""
         self = cls.__new__(cls)
-        self._set(count, mean, m2)
+        table.flags.writeable = False
+        self._table = table
         return self
+
+    @property
+    def count(self) -> Array:
+        """Number of samples, float64, shape (C,)."""
+        return self._table[0]
+
+    @property
+    def mean(self) -> Array:
+        """Mean, float64, shape (C,), in units of x."""
+        return self._table[1]
+
+    @property
+    def m2(self) -> Array:
+        """Sum of squared deviations from the mean, float64, shape (C,)."""
+        return self._table[2]
 
     @property
     def var(self) -> Array:
@@ -95,23 +103,23 @@ class Moments:
             raise TypeError(f"other: expected Moments, got {type(other).__name__}")
         if other.mean.shape != self.mean.shape:
             raise ValueError(f"other: expected {len(self.mean)} features, got {len(other.mean)}")
-        count = self.count + other.count
+        table = np.empty_like(self._table)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            weight = other.count / count
+            table[0] = self.count + other.count
+            weight = other.count / table[0]
             delta = other.mean - self.mean
             # Half of the difference is always finite where the means are.
             half = other.mean * 0.5 - self.mean * 0.5
-            mean = np.where(
+            table[1] = np.where(
                 np.isfinite(delta),
                 self.mean + delta * weight,
                 self.mean + half * weight + half * weight,
             )
-            m2 = self.m2 + other.m2 + delta * delta * (weight * self.count)
+            table[2] = self.m2 + other.m2 + delta * delta * (weight * self.count)
         # Where one side has no data the other is the answer, to the bit.
         for empty, filled in ((self, other), (other, self)):
-            mean = np.where(empty.count == 0, filled.mean, mean)
-            m2 = np.where(empty.count == 0, filled.m2, m2)
-        return Moments._wrap(count, mean, m2)
+            np.copyto(table[1:], filled._table[1:], where=empty.count == 0)
+        return Moments._wrap(table)
 
     def __add__(self, other: Moments) -> Moments:
         return self.merge(other) if isinstance(other, Moments) else NotImplemented
@@ -120,10 +128,7 @@ class Moments:
         """Equal in every number (NaN equals NaN)."""
         if not isinstance(other, Moments):
             return NotImplemented
-        return all(
-            np.array_equal(getattr(self, k), getattr(other, k), equal_nan=True)
-            for k in ("count", "mean", "m2")
-        )
+        return np.array_equal(self._table, other._table, equal_nan=True)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -227,7 +232,7 @@ class RunningMoments:
         self.nonfinite = check_nonfinite(nonfinite)
         self.mean: Array = np.zeros(self.num_features)
         self.var: Array = np.ones(self.num_features)
-        self._seen = Moments._wrap(*np.zeros((3, self.num_features)))
+        self._seen = Moments._wrap(np.zeros((3, self.num_features)))
 
     def update(self, moments: Moments, *, momentum: float | None = None) -> bool:
         """Take in the moments of a batch; True if they were (False: empty, or skipped).

@@ -115,13 +115,15 @@ cdef void forward_parameters(const Job *job, const pack *tag, Py_ssize_t f0, Py_
     cdef Py_ssize_t f
     cdef double n = job.outer * job.inner, eps = job.eps, slope
     cdef const double *mean = job.mean
-    cdef const double *var = job.m2 if from_m2 else job.var
+    cdef const double *var = job.var
     cdef const double *gamma = job.gamma
     cdef const double *beta = job.beta
     cdef pack *center = <pack *> job.center
     cdef pack *scale = <pack *> job.scale
     cdef pack *shift = <pack *> job.shift
-    if not from_m2:
+    if from_m2:
+        var = job.m2
+    else:
         n = 1
     for f in range(f0, f1):
         slope = over_std(gamma[f] if gamma else 1.0, var[f] / n, eps)
