@@ -32,8 +32,12 @@ class Layout(NamedTuple):
 
     def empty(self, dtype: Any) -> Array:
         """A new array of the original shape whose memory lies in this order."""
+        return self.restore(np.empty(self.shape, dtype))
+
+    def restore(self, view: Array) -> Array:
+        """A contiguous (outer, features, inner) array in the original shape; no copy."""
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return np.empty(self.ordered, dtype).transpose(inverse)
+        return view.reshape(self.ordered).transpose(inverse)
 
     def dense(self, a: Array, dtype: Any) -> Array:
         """`a` as (outer, features, inner) of `dtype`: itself if it can be, else a copy."""

@@ -1,4 +1,8 @@
-"""The operations on arrays: check the arguments, find the layout, call a kernel."""
+"""The operations on arrays.
+
+A call goes to the compiled kernels first, which take ordinary arguments as they are and answer
+None to any others. Those are checked and rearranged here, and the kernels called again.
+"""
 
 from __future__ import annotations
 
@@ -9,51 +13,24 @@ import numpy as np
 from fastbn import _runtime
 from fastbn._arguments import (
     as_array,
-    check_activation,
     check_axis,
     check_eps,
     check_like,
-    check_out,
     compute_dtype,
     features_of,
-    per_feature,
     per_feature_or_none,
 )
-from fastbn._layout import Array, Target, layout_of
-from fastbn.statistics import Moments, RunningMoments
+from fastbn._checked import Stats, check, given, mean_and_var
+from fastbn._layout import Array, layout_of
+from fastbn.statistics import Moments
 
 Activation = Literal["relu"] | None
-Stats = Moments | RunningMoments | tuple[Any, Any]
-
-
-def _mean_and_var(stats: Stats, features: int) -> tuple[Array, Array]:
-    """The mean and variance to normalise with, from what a caller may give."""
-    if isinstance(stats, (Moments, RunningMoments)):
-        mean, var = stats.mean, stats.var
-        if mean.shape != (features,):
-            raise ValueError(f"stats: expected {features} features, got {len(mean)}")
-        return mean, var
-    if not isinstance(stats, tuple) or len(stats) != 2:
-        raise TypeError(
-            "stats: expected Moments, RunningMoments or a (mean, var) tuple, got "
-            f"{type(stats).__name__}"
-        )
-    mean, var = (per_feature(a, f"stats: {n}", features) for a, n in zip(stats, ("mean", "var")))
-    if (var < 0).any():
-        raise ValueError(f"stats: expected variances >= 0, got {var.min()}")
-    return mean, var
-
-
-def _table(features: int, count: float) -> Array:
-    """Room for Moments: rows of count, mean and m2."""
-    table = np.empty((3, features))
-    table[0] = count
-    return table
 
 
 def _no_data(features: int) -> Moments:
-    table = _table(features, 0)
-    table[1:] = [[np.nan], [0]]
+    """Moments of an empty batch."""
+    table = np.zeros((3, features))
+    table[1] = np.nan
     return Moments._wrap(table)
 
 
@@ -99,23 +76,24 @@ def moments(
     >>> m.mean, m.var.round(4)
     (array([3., 5.]), array([0.6667, 0.6667]))
     """
-    a = as_array(x, "x")
-    axis = check_axis(axis, a, "x")
-    if nan not in ("propagate", "omit", "raise"):
-        raise ValueError(f"nan: expected 'propagate', 'omit' or 'raise', got {nan!r}")
     for name, given in (
         ("weights", weights is not None),
         ("where", where is not None),
         ("nan", nan != "propagate"),
     ):
         if given:
+            if name == "nan" and nan not in ("omit", "raise"):
+                raise ValueError(f"nan: expected 'propagate', 'omit' or 'raise', got {nan!r}")
             raise NotImplementedError(f"{name}: not supported yet in moments")
-    features = features_of(a, axis)
-    if a.size == 0:
-        return _no_data(features)
-    x3 = layout_of(a, axis).dense(a, compute_dtype(a))
-    table = _table(features, a.size / features)
-    _runtime.kernels.moments(table[1], table[2], x3, _runtime.get_num_threads())
+    threads = _runtime.get_num_threads()
+    table = _runtime.kernels.moments(x, axis, threads)
+    if table is None:
+        a = as_array(x, "x")
+        axis = check_axis(axis, a, "x")
+        if a.size == 0:
+            return _no_data(features_of(a, axis))
+        x3 = layout_of(a, axis).dense(a, compute_dtype(a))
+        table = _runtime.kernels.moments(x3, 1, threads)
     return Moments._wrap(table)
 
 
@@ -169,24 +147,29 @@ def normalize(
     >>> fastbn.normalize(deployed, fastbn.moments(train)).round(3)
     array([-4.287, -3.062])
     """
-    a = as_array(x, "x")
-    axis = check_axis(axis, a, "x")
-    dtype, features = compute_dtype(a), features_of(a, axis)
-    mean, var = _mean_and_var(stats, features)
-    gamma = per_feature_or_none(gamma, "gamma", features)
-    beta = per_feature_or_none(beta, "beta", features)
-    eps, relu = check_eps(eps), check_activation(activation)
-    if residual is not None:
-        residual = check_like(residual, "residual", a, dtype)
-    out = check_out(out, a, dtype)
-    if a.size == 0:
-        return np.empty(a.shape, dtype) if out is None else out
-    layout = layout_of(a, axis)
-    target = Target(out, layout, dtype, [a, residual, mean, var, gamma, beta])
-    x3 = layout.dense(a, dtype)
-    r3 = None if residual is None else layout.dense(residual, dtype)
+    threads = _runtime.get_num_threads()
+    y = _runtime.kernels.normalize(
+        x, *given(stats), gamma, beta, axis, eps, out, activation, residual, threads
+    )
+    if y is not None:
+        return y
+    c = check(x, "x", gamma, beta, axis, eps, out, activation, residual)
+    mean, var = mean_and_var(stats, c.features)
+    if c.x.size == 0:
+        return np.empty(c.x.shape, c.dtype) if c.out is None else c.out
+    target = c.target(mean, var)
     _runtime.kernels.normalize(
-        target.view, x3, r3, mean, var, gamma, beta, eps, relu, _runtime.get_num_threads()
+        c.dense(c.x),
+        mean,
+        var,
+        c.gamma,
+        c.beta,
+        1,
+        c.eps,
+        target.view,
+        activation,
+        c.dense(c.residual),
+        threads,
     )
     return target.result()
 
@@ -224,24 +207,25 @@ def batch_norm(
            [ 1.    , -1.    ],
            [ 1.6124,  1.4495]])
     """
-    a = as_array(x, "x")
-    axis = check_axis(axis, a, "x")
-    dtype, features = compute_dtype(a), features_of(a, axis)
-    gamma = per_feature_or_none(gamma, "gamma", features)
-    beta = per_feature_or_none(beta, "beta", features)
-    eps, relu = check_eps(eps), check_activation(activation)
-    if residual is not None:
-        residual = check_like(residual, "residual", a, dtype)
-    out = check_out(out, a, dtype)
-    if a.size == 0:
-        return (np.empty(a.shape, dtype) if out is None else out), _no_data(features)
-    layout = layout_of(a, axis)
-    target = Target(out, layout, dtype, [a, residual, gamma, beta])
-    x3 = layout.dense(a, dtype)
-    r3 = None if residual is None else layout.dense(residual, dtype)
-    table = _table(features, a.size / features)
-    _runtime.kernels.forward(
-        target.view, table[1], table[2], x3, r3, gamma, beta, eps, relu, _runtime.get_num_threads()
+    threads = _runtime.get_num_threads()
+    done = _runtime.kernels.forward(x, gamma, beta, axis, eps, out, activation, residual, threads)
+    if done is not None:
+        return done[0], Moments._wrap(done[1])
+    c = check(x, "x", gamma, beta, axis, eps, out, activation, residual)
+    if c.x.size == 0:
+        y = np.empty(c.x.shape, c.dtype) if c.out is None else c.out
+        return y, _no_data(c.features)
+    target = c.target()
+    _, table = _runtime.kernels.forward(
+        c.dense(c.x),
+        c.gamma,
+        c.beta,
+        1,
+        c.eps,
+        target.view,
+        activation,
+        c.dense(c.residual),
+        threads,
     )
     return target.result(), Moments._wrap(table)
 
@@ -300,48 +284,39 @@ def batch_norm_backward(
     >>> dx.round(3), dgamma, dbeta
     (array([-0.141, -0.141,  0.566, -0.141, -0.141]), array([0.]), array([1.]))
     """
-    a = as_array(x, "x")
-    axis = check_axis(axis, a, "x")
-    dtype, features = compute_dtype(a), features_of(a, axis)
-    g = check_like(dy, "dy", a, None)
-    mean, var = _mean_and_var(stats, features)
-    gamma = per_feature_or_none(gamma, "gamma", features)
-    beta = per_feature_or_none(beta, "beta", features)
-    eps, relu = check_eps(eps), check_activation(activation)
-    if residual is not None:
-        residual = check_like(residual, "residual", a, dtype)
-    out = check_out(out, a, dtype)
-    sums = np.zeros((2, features))
-    if a.size == 0:
-        dx = np.empty(a.shape, dtype) if out is None else out
-        return (dx, *sums) if residual is None else (dx, *sums, np.empty(a.shape, dtype))
-    layout = layout_of(a, axis)
-    target = Target(out, layout, dtype, [a, g, residual, mean, var, gamma, beta])
-    x3, g3 = layout.dense(a, dtype), layout.dense(g, dtype)
-    r3 = None if residual is None else layout.dense(residual, dtype)
-    dresidual = None if residual is None else layout.empty(dtype)
-    _runtime.kernels.backward(
-        target.view,
-        None if dresidual is None else layout.view(dresidual),
-        sums[0],
-        sums[1],
-        g3,
-        x3,
-        r3,
-        mean,
-        var,
-        gamma,
-        beta,
-        eps,
-        relu,
-        bool(training),
-        _runtime.get_num_threads(),
+    threads = _runtime.get_num_threads()
+    training = bool(training)
+    done = _runtime.kernels.backward(
+        dy, x, *given(stats), gamma, beta, axis, eps, training, out, activation, residual, threads
     )
-    dbeta = sums[0]
-    std = np.sqrt(var + eps)
-    dgamma = np.divide(sums[1], std, out=np.zeros(features), where=std != 0)
-    dx = target.result()
-    return (dx, dgamma, dbeta) if dresidual is None else (dx, dgamma, dbeta, dresidual)
+    if done is None:
+        c = check(x, "x", gamma, beta, axis, eps, out, activation, residual)
+        g = check_like(dy, "dy", c.x, None)
+        mean, var = mean_and_var(stats, c.features)
+        if c.x.size == 0:
+            dx = np.empty(c.x.shape, c.dtype) if c.out is None else c.out
+            dresidual = None if c.residual is None else np.empty(c.x.shape, c.dtype)
+            done = dx, np.zeros(c.features), np.zeros(c.features), dresidual
+        else:
+            target = c.target(g, mean, var)
+            _, dgamma, dbeta, d3 = _runtime.kernels.backward(
+                c.dense(g),
+                c.dense(c.x),
+                mean,
+                var,
+                c.gamma,
+                c.beta,
+                1,
+                c.eps,
+                training,
+                target.view,
+                activation,
+                c.dense(c.residual),
+                threads,
+            )
+            dresidual = None if d3 is None else c.layout.restore(d3)
+            done = target.result(), dgamma, dbeta, dresidual
+    return done[:3] if residual is None else done
 
 
 def denormalize(
@@ -369,7 +344,7 @@ def denormalize(
     """
     a = as_array(y, "y")
     features = features_of(a, check_axis(axis, a, "y"))
-    mean, var = _mean_and_var(stats, features)
+    mean, var = mean_and_var(stats, features)
     gamma = per_feature_or_none(gamma, "gamma", features)
     beta = per_feature_or_none(beta, "beta", features)
     std = np.sqrt(var + check_eps(eps))

@@ -19,10 +19,10 @@ from fastbn._arguments import (
     features_of,
     per_feature,
 )
+from fastbn._checked import Stats
 from fastbn._layout import Array
 from fastbn.functional import (
     Activation,
-    Stats,
     batch_norm,
     batch_norm_backward,
     moments,

@@ -31,8 +31,7 @@ def _like(rows: Array, x: Any, axis: int) -> Array:
     if a.ndim == 1:
         return rows[0].astype(dtype)
     shape = np.moveaxis(a, axis, 0).shape
-    result: Array = np.moveaxis(rows.reshape(shape), 0, axis).astype(dtype)
-    return result
+    return np.moveaxis(rows.reshape(shape), 0, axis).astype(dtype)
 
 
 def _column(value: Any, default: float) -> Any:

@@ -169,7 +169,7 @@ NonFinite = Literal["raise", "skip", "propagate"]
 def check_nonfinite(nonfinite: Any) -> NonFinite:
     if nonfinite not in ("raise", "skip", "propagate"):
         raise ValueError(f"nonfinite: expected 'raise', 'skip' or 'propagate', got {nonfinite!r}")
-    return nonfinite  # type: ignore[no-any-return]
+    return nonfinite
 
 
 def check_momentum(momentum: Any) -> float | None:

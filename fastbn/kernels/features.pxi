@@ -104,8 +104,12 @@ cdef inline double over_std(double value, double var, double eps) noexcept nogil
     return 0.0 if std == 0 else value / std
 
 
-cdef void forward_parameters(const Job *job, const pack *tag, Py_ssize_t f0, Py_ssize_t f1,
-                             bint from_m2) noexcept nogil:
+cdef inline double variance(const Job *job, Py_ssize_t f) noexcept nogil:
+    return job.m2[f] / (job.count[f] if job.count else job.n)
+
+
+cdef void forward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
+                             Py_ssize_t f1) noexcept nogil:
     """Parameters of y = (x - mean) / sqrt(var + eps) * gamma + beta (Ioffe & Szegedy 2015).
 
     In the dtype of x, and with the mean split: what the dtype holds of it is subtracted from x
@@ -113,35 +117,43 @@ cdef void forward_parameters(const Job *job, const pack *tag, Py_ssize_t f0, Py_
     mean into the shift would cancel when |mean| is much larger than the standard deviation.
     """
     cdef Py_ssize_t f
-    cdef double n = job.outer * job.inner, eps = job.eps, slope
+    cdef double slope, eps = job.eps
     cdef const double *mean = job.mean
-    cdef const double *var = job.var
     cdef const double *gamma = job.gamma
     cdef const double *beta = job.beta
     cdef pack *center = <pack *> job.center
     cdef pack *scale = <pack *> job.scale
     cdef pack *shift = <pack *> job.shift
-    if from_m2:
-        var = job.m2
-    else:
-        n = 1
     for f in range(f0, f1):
-        slope = over_std(gamma[f] if gamma else 1.0, var[f] / n, eps)
+        slope = over_std(gamma[f] if gamma else 1.0, variance(job, f), eps)
         put(center, f, mean[f])
         put(scale, f, slope)
         put(shift, f, (beta[f] if beta else 0.0) - (mean[f] - element(center, f)) * slope)
 
 
 cdef void merge_gradients(const Job *job, Py_ssize_t f0, Py_ssize_t f1) noexcept nogil:
-    """sum(g) and sum(g (x - mean)) of features [f0, f1) from their chunks, in order."""
+    """dbeta = sum(g) and, for now, dgamma = sum(g (x - mean)) from the chunks, in order."""
     cdef Py_ssize_t c, f
+    cdef double *dbeta = job.dbeta
+    cdef double *dgamma = job.dgamma
+    cdef const double *sum_g = job.part_a
+    cdef const double *sum_gx = job.part_b
     for f in range(f0, f1):
-        job.sum_g[f] = job.part_a[f]
-        job.sum_gx[f] = job.part_b[f]
+        dbeta[f] = sum_g[f]
+        dgamma[f] = sum_gx[f]
     for c in range(1, job.chunks):
+        sum_g += job.features
+        sum_gx += job.features
         for f in range(f0, f1):
-            job.sum_g[f] = job.sum_g[f] + job.part_a[c * job.features + f]
-            job.sum_gx[f] = job.sum_gx[f] + job.part_b[c * job.features + f]
+            dbeta[f] = dbeta[f] + sum_g[f]
+            dgamma[f] = dgamma[f] + sum_gx[f]
+
+
+cdef void scale_dgamma(const Job *job, Py_ssize_t f0, Py_ssize_t f1) noexcept nogil:
+    """dgamma = sum(g xhat): the 1 / std that its terms have in common."""
+    cdef Py_ssize_t f
+    for f in range(f0, f1):
+        job.dgamma[f] = over_std(job.dgamma[f], variance(job, f), job.eps)
 
 
 cdef void backward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
@@ -152,16 +164,14 @@ cdef void backward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
     two means are not there, and dx = g * slope_g.
     """
     cdef Py_ssize_t f
-    cdef double n = job.outer * job.inner, eps = job.eps, slope, slope_x, residue
-    cdef const double *mean = job.mean
-    cdef const double *var = job.var
-    cdef const double *gamma = job.gamma
+    cdef double n = job.outer * job.inner, eps = job.eps, slope, slope_x, residue, var
     cdef pack *center = <pack *> job.center
     for f in range(f0, f1):
-        slope = over_std(gamma[f] if gamma else 1.0, var[f], eps)
+        var = variance(job, f)
+        slope = over_std(job.gamma[f] if job.gamma else 1.0, var, eps)
         put(<pack *> job.slope_g, f, slope)
         if job.operation == BACKWARD:
-            slope_x = -slope * over_std(over_std(job.sum_gx[f] / n, var[f], eps), var[f], eps)
-            residue = mean[f] - element(center, f)
+            slope_x = -slope * over_std(over_std(job.dgamma[f] / n, var, eps), var, eps)
+            residue = job.mean[f] - element(center, f)
             put(<pack *> job.slope_x, f, slope_x)
-            put(<pack *> job.level, f, -slope * (job.sum_g[f] / n) - slope_x * residue)
+            put(<pack *> job.level, f, -slope * (job.dbeta[f] / n) - slope_x * residue)

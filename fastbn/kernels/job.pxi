@@ -29,7 +29,7 @@ cdef enum Operation:
     MOMENTS             # mean, m2 <- x
     FORWARD             # mean, m2, y <- x
     NORMALIZE           # y <- x, with given statistics
-    BACKWARD            # sum_g, sum_gx, dx <- dy, x
+    BACKWARD            # dbeta, dgamma, dx <- dy, x
     FROZEN              # the same where the statistics did not come from x
 
 cdef struct Job:
@@ -43,17 +43,18 @@ cdef struct Job:
     Py_ssize_t group, groups                # features of a group
     int threads
     bint own                                # a thread works on whole groups, with no barrier
-    # Per feature, float64, shape (features,). Backward: mean is given, sum_g = sum(g),
-    # sum_gx = sum(g * (x - mean)), where g is dy masked by the activation.
+    # Per feature, float64, shape (features,). The variance is m2 / count, or m2 / n.
     double *mean
     double *m2
-    double *sum_g
-    double *sum_gx
-    const double *var
+    const double *count                     # or NULL
+    double n
+    double *dbeta
+    double *dgamma
     const double *gamma                     # or NULL for 1
     const double *beta                      # or NULL for 0
     double eps
-    # Per chunk and feature, shape (chunks, features): (offset of the mean, m2) or (sum_g, sum_gx)
+    # Per chunk and feature, shape (chunks, features): the mean's offset and m2, or sum(g) and
+    # sum(g (x - mean)), where g is dy masked by the activation.
     double *part_a
     double *part_b
     # Per feature in the dtype of x: y = (x - center) * scale + shift and

@@ -8,13 +8,9 @@
 #     apply    one multiply-add per element, with those parameters    rows.pxi, planes.pxi
 #
 # Moments reduce and finish, inference finishes and applies, training does all three. The rest
-# of this file shares the grid out to threads and takes the arrays apart.
+# of this file shares the grid out to threads; calls.pxi is what Python calls.
 
-from cpython.buffer cimport (
-    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
-)
 from cython.parallel cimport parallel
-from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from fastbn.kernels.simd cimport *
@@ -55,10 +51,11 @@ cdef inline void finish(const Job *job, const pack *x, Py_ssize_t f0, Py_ssize_t
     if job.operation == MOMENTS or job.operation == FORWARD:
         merge_chunks(job, x, f0, f1)
         if job.operation == FORWARD:
-            forward_parameters(job, x, f0, f1, True)
+            forward_parameters(job, x, f0, f1)
     else:
         merge_gradients(job, f0, f1)
         backward_parameters(job, x, f0, f1)
+        scale_dgamma(job, f0, f1)
 
 
 cdef inline void apply(const Job *job, const Arrays *a, const pack *x, Py_ssize_t c,
@@ -127,8 +124,7 @@ cdef void work(const Job *job, const Arrays *a, const pack *x, int rank, int siz
 cdef void run(Job *job, const Arrays *a, const pack *x) noexcept nogil:
     if job.operation == NORMALIZE or job.operation == BACKWARD or job.operation == FROZEN:
         # What is known beforehand. (The backward needs it for the mask of its activation.)
-        if job.var != NULL:
-            forward_parameters(job, x, 0, job.features, False)
+        forward_parameters(job, x, 0, job.features)
         if job.operation == FROZEN:
             backward_parameters(job, x, 0, job.features)
     if job.threads <= 1:
@@ -140,119 +136,4 @@ cdef void run(Job *job, const Arrays *a, const pack *x) noexcept nogil:
             fastbn_fence()
 
 
-# --- From Python ----------------------------------------------------------------------------------
-# Arguments arrive checked (functional.py): arrays of one native dtype, shape (outer, features,
-# inner), C-contiguous and none empty; per-feature arrays float64, contiguous, of length features.
-
-cdef void *data(object array, bint writeable=False) except? NULL:
-    """Address of an array's data, or NULL for None. The caller keeps the array alive."""
-    cdef Py_buffer view
-    if array is None:
-        return NULL
-    PyObject_GetBuffer(array, &view, PyBUF_WRITABLE if writeable else PyBUF_SIMPLE)
-    cdef void *address = view.buf
-    PyBuffer_Release(&view)
-    return address
-
-
-cdef int execute(Job *job, Arrays *a, object x, int threads) except -1:
-    """Cut the job, give it its scratch memory, and run it without the GIL."""
-    cdef int itemsize = x.itemsize
-    cdef double *scratch
-    job.outer, job.features, job.inner = x.shape
-    cdef Py_ssize_t n = job.features
-    cut(job, itemsize, threads)
-    # In place, the lines to write are in cache already.
-    a.stream = (a.y != NULL and a.y != a.x and a.y != a.dy
-                and job.outer * n * job.inner * itemsize > STREAM_BYTES)
-    scratch = <double *> calloc((2 * job.chunks + 6) * n, sizeof(double))
-    if scratch == NULL:
-        raise MemoryError(f"no memory for the chunk sums of {n} features")
-    job.part_a = scratch
-    job.part_b = scratch + job.chunks * n
-    scratch += 2 * job.chunks * n
-    job.center, job.scale, job.shift = scratch, scratch + n, scratch + 2 * n
-    job.slope_g, job.slope_x, job.level = scratch + 3 * n, scratch + 4 * n, scratch + 5 * n
-    with nogil:
-        if itemsize == 4:
-            run(job, a, <const f16 *> a.x)
-        else:
-            run(job, a, <const d8 *> a.x)
-    free(job.part_a)
-    return 0
-
-
-def moments(mean, m2, x, int threads):
-    """mean, m2 <- the moments of x."""
-    cdef Job job
-    cdef Arrays a
-    memset(&job, 0, sizeof(job))
-    memset(&a, 0, sizeof(a))
-    job.operation = MOMENTS
-    job.mean = <double *> data(mean, True)
-    job.m2 = <double *> data(m2, True)
-    a.x = data(x)
-    execute(&job, &a, x, threads)
-
-
-def forward(y, mean, m2, x, residual, gamma, beta, double eps, bint relu, int threads):
-    """mean, m2 <- the moments of x; y <- x normalised with them."""
-    cdef Job job
-    cdef Arrays a
-    memset(&job, 0, sizeof(job))
-    memset(&a, 0, sizeof(a))
-    job.operation = FORWARD
-    job.mean = <double *> data(mean, True)
-    job.m2 = <double *> data(m2, True)
-    job.gamma = <const double *> data(gamma)
-    job.beta = <const double *> data(beta)
-    job.eps = eps
-    a.y = data(y, True)
-    a.x = data(x)
-    a.residual = data(residual)
-    a.relu = relu
-    execute(&job, &a, x, threads)
-
-
-def normalize(y, x, residual, mean, var, gamma, beta, double eps, bint relu, int threads):
-    """y <- x normalised with the statistics given."""
-    cdef Job job
-    cdef Arrays a
-    memset(&job, 0, sizeof(job))
-    memset(&a, 0, sizeof(a))
-    job.operation = NORMALIZE
-    job.mean = <double *> data(mean)
-    job.var = <const double *> data(var)
-    job.gamma = <const double *> data(gamma)
-    job.beta = <const double *> data(beta)
-    job.eps = eps
-    a.y = data(y, True)
-    a.x = data(x)
-    a.residual = data(residual)
-    a.relu = relu
-    execute(&job, &a, x, threads)
-
-
-def backward(dx, dresidual, sum_g, sum_gx, dy, x, residual, mean, var, gamma, beta, double eps,
-             bint relu, bint training, int threads):
-    """sum_g, sum_gx <- sum(g), sum(g (x - mean)), g = dy masked by relu; dx, and dresidual <- g."""
-    cdef Job job
-    cdef Arrays a
-    memset(&job, 0, sizeof(job))
-    memset(&a, 0, sizeof(a))
-    job.operation = BACKWARD if training else FROZEN
-    a.frozen = not training
-    job.mean = <double *> data(mean)
-    job.var = <const double *> data(var)
-    job.gamma = <const double *> data(gamma)
-    job.beta = <const double *> data(beta)
-    job.eps = eps
-    job.sum_g = <double *> data(sum_g, True)
-    job.sum_gx = <double *> data(sum_gx, True)
-    a.y = data(dx, True)
-    a.dresidual = data(dresidual, True)
-    a.dy = data(dy)
-    a.x = data(x)
-    a.residual = data(residual)
-    a.relu = relu
-    execute(&job, &a, x, threads)
+include "calls.pxi"

@@ -1,0 +1,297 @@
+# What Python calls. Each call takes *ordinary* arguments and answers None to any others, before
+# anything is written; functional.py then checks and rearranges them, and calls again. So small
+# arrays pay for one compiled look at their arguments, and every odd case is handled in Python.
+#
+# Ordinary: NumPy arrays, C-contiguous, of native float32 or float64, at most MAX_DIMS dimensions
+# and not empty; arrays of x's shape have x's dtype; a result shares memory with another array
+# either exactly or not at all; arrays per feature have shape (features,); axis is an int in
+# range, eps a float >= 0.
+
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdlib cimport calloc, free
+
+from numpy import empty as new_array, ndarray as Array
+
+cdef enum:
+    MAX_DIMS = 8
+    VECTORS = 4         # per-feature arguments of a call: gamma, beta, mean, var
+
+cdef struct Operand:
+    char *data
+    Py_ssize_t size                 # elements
+    Py_ssize_t shape[MAX_DIMS]
+    int ndim
+    int itemsize
+    bint readonly
+
+cdef struct Call:
+    Job job
+    Arrays a
+    Operand x
+    double *memory                  # all scratch memory
+    double *vectors                 # the part for converted per-feature arguments
+
+
+cdef bint read(object array, Operand *o) except -1:
+    """Look at an array; whether it is ordinary. The caller keeps it alive."""
+    cdef Py_buffer view
+    cdef Py_ssize_t stride
+    cdef int k
+    if type(array) is not Array:
+        return False
+    try:
+        PyObject_GetBuffer(array, &view, PyBUF_STRIDES | PyBUF_FORMAT)
+    except (ValueError, BufferError):           # dtypes that the protocol does not know
+        return False
+    o.data = <char *> view.buf
+    o.ndim = view.ndim
+    o.itemsize = <int> view.itemsize
+    o.readonly = view.readonly
+    o.size = 1
+    # Native, aligned floats have these formats; '>f' is swapped, '=f' is not aligned.
+    cdef bint ordinary = (view.ndim <= MAX_DIMS and view.format[1] == 0
+                          and (view.format[0] == c"f" or view.format[0] == c"d"))
+    if ordinary:
+        for k in range(view.ndim - 1, -1, -1):
+            stride = o.size * view.itemsize
+            ordinary = ordinary and (view.strides[k] == stride or view.shape[k] == 1)
+            o.shape[k] = view.shape[k]
+            o.size *= view.shape[k]
+    PyBuffer_Release(&view)
+    return ordinary and o.size > 0
+
+
+cdef bint same_memory_or_none(const Operand *a, const Operand *b) noexcept:
+    return (a.data == b.data and a.size == b.size and a.itemsize == b.itemsize
+            or a.data + a.size * a.itemsize <= b.data
+            or b.data + b.size * b.itemsize <= a.data)
+
+
+cdef bint begin(Call *call, Operation operation, x, axis, eps, activation, int threads) except -1:
+    """Set up a call for x: its geometry, its cut, its scratch memory (freed by `end`)."""
+    cdef Py_ssize_t k, at, n
+    cdef Job *job = &call.job
+    memset(call, 0, sizeof(Call))
+    if not read(x, &call.x) or type(axis) is not int or type(eps) is not float:
+        return False
+    if activation is not None and not (type(activation) is str and activation == "relu"):
+        return False
+    # One dimension is N samples of one feature, for any axis that two dimensions could have.
+    if not 0 <= eps <= DBL_MAX or not -call.x.ndim <= axis < max(call.x.ndim, 2):
+        return False
+    job.operation = operation
+    job.eps = eps
+    call.a.x = call.x.data
+    call.a.relu = activation is not None
+    at = axis
+    if at < 0:
+        at += call.x.ndim
+    job.outer = job.features = job.inner = 1
+    if call.x.ndim == 1 or call.x.shape[at] == 1:
+        job.inner = call.x.size
+    else:
+        for k in range(at):
+            job.outer *= call.x.shape[k]
+        job.features = call.x.shape[at]
+        for k in range(at + 1, call.x.ndim):
+            job.inner *= call.x.shape[k]
+    job.n = job.outer * job.inner
+    cut(job, call.x.itemsize, threads)
+    n = job.features
+    call.memory = <double *> calloc((2 * job.chunks + 6 + VECTORS) * n, sizeof(double))
+    if call.memory == NULL:
+        raise MemoryError(f"no memory for the chunk sums of {n} features")
+    job.part_a = call.memory
+    job.part_b = job.part_a + job.chunks * n
+    job.center = job.part_b + job.chunks * n
+    job.scale = <double *> job.center + n
+    job.shift = <double *> job.scale + n
+    job.slope_g = <double *> job.shift + n
+    job.slope_x = <double *> job.slope_g + n
+    job.level = <double *> job.slope_x + n
+    call.vectors = <double *> job.level + n
+    return True
+
+
+cdef bint like_x(Call *call, object array, const void **where) except -1:
+    """Take an array of x's shape and dtype, or None for none."""
+    cdef Operand o
+    cdef int k
+    if array is None:
+        return True
+    if not read(array, &o) or o.itemsize != call.x.itemsize or o.ndim != call.x.ndim:
+        return False
+    for k in range(o.ndim):
+        if o.shape[k] != call.x.shape[k]:
+            return False
+    where[0] = o.data
+    return True
+
+
+cdef object result(Call *call, object x, object out, const void *in1, const void *in2):
+    """`out`, or a new array, as where the result goes; None if `out` is not ordinary.
+
+    Where `out` is given it may be x, `in1` or `in2` exactly; otherwise it must not touch them.
+    """
+    cdef Operand o
+    cdef Operand other = call.x
+    cdef const void *inputs[3]
+    cdef int k
+    if out is None:
+        out = new_array(x.shape, x.dtype)
+        read(out, &o)
+        call.a.y = o.data
+        return out
+    if not read(out, &o) or o.readonly or not like_x(call, out, <const void **> &call.a.y):
+        return None
+    inputs[0], inputs[1], inputs[2] = call.a.x, in1, in2
+    for k in range(3):
+        other.data = <char *> inputs[k]
+        if other.data != NULL and not same_memory_or_none(&o, &other):
+            return None
+    return out
+
+
+cdef bint per_feature(Call *call, object array, int slot, bint variances,
+                      const double **where) except -1:
+    """Copy an argument of shape (features,), float32 or float64, or None for none."""
+    cdef Operand o
+    cdef Py_ssize_t f
+    cdef double *vector = call.vectors + slot * call.job.features
+    if array is None:
+        return True
+    if not read(array, &o) or o.ndim != 1 or o.size != call.job.features:
+        return False
+    for f in range(o.size):
+        vector[f] = (<float *> o.data)[f] if o.itemsize == 4 else (<double *> o.data)[f]
+        if variances and vector[f] < 0:
+            return False
+    where[0] = vector
+    return True
+
+
+cdef bint statistics(Call *call, object mean, object var) except -1:
+    """Take (mean, var), or the table of a Moments and None."""
+    cdef Operand o
+    cdef Py_ssize_t n = call.job.features
+    if var is not None:
+        call.job.n = 1
+        return (mean is not None
+                and per_feature(call, mean, 2, False, <const double **> &call.job.mean)
+                and per_feature(call, var, 3, True, <const double **> &call.job.m2))
+    if not read(mean, &o) or o.ndim != 2 or o.itemsize != 8 or o.shape[0] != 3 or o.shape[1] != n:
+        return False
+    call.job.count = <double *> o.data
+    call.job.mean = <double *> o.data + n
+    call.job.m2 = <double *> o.data + 2 * n
+    return True
+
+
+cdef void compute(Call *call) noexcept:
+    """Run the call without the GIL."""
+    cdef Arrays *a = &call.a
+    # In place, the lines to write are in cache already.
+    a.stream = (a.y != NULL and a.y != a.x and a.y != a.dy
+                and call.x.size * call.x.itemsize > STREAM_BYTES)
+    with nogil:
+        if call.x.itemsize == 4:
+            run(&call.job, a, <const f16 *> a.x)
+        else:
+            run(&call.job, a, <const d8 *> a.x)
+
+
+cdef object new_table(Call *call):
+    """A table for Moments, and the job's statistics in it."""
+    cdef Operand o
+    cdef Py_ssize_t f, n = call.job.features
+    table = new_array((3, n))
+    read(table, &o)
+    for f in range(n):
+        (<double *> o.data)[f] = call.job.n
+    call.job.mean = <double *> o.data + n
+    call.job.m2 = <double *> o.data + 2 * n
+    return table
+
+
+def moments(x, axis, int threads):
+    """The table (count, mean, m2) of x; None if an argument is not ordinary."""
+    cdef Call call
+    try:
+        if not begin(&call, MOMENTS, x, axis, 0.0, None, threads):
+            return None
+        table = new_table(&call)
+        compute(&call)
+        return table
+    finally:
+        free(call.memory)
+
+
+def forward(x, gamma, beta, axis, eps, out, activation, residual, int threads):
+    """(y, table) of the training forward; None if an argument is not ordinary."""
+    cdef Call call
+    try:
+        if not (begin(&call, FORWARD, x, axis, eps, activation, threads)
+                and per_feature(&call, gamma, 0, False, &call.job.gamma)
+                and per_feature(&call, beta, 1, False, &call.job.beta)
+                and like_x(&call, residual, &call.a.residual)):
+            return None
+        y = result(&call, x, out, call.a.residual, NULL)
+        if y is None:
+            return None
+        table = new_table(&call)
+        compute(&call)
+        return y, table
+    finally:
+        free(call.memory)
+
+
+def normalize(x, mean, var, gamma, beta, axis, eps, out, activation, residual, int threads):
+    """y, normalised with given statistics; None if an argument is not ordinary."""
+    cdef Call call
+    try:
+        if not (begin(&call, NORMALIZE, x, axis, eps, activation, threads)
+                and statistics(&call, mean, var)
+                and per_feature(&call, gamma, 0, False, &call.job.gamma)
+                and per_feature(&call, beta, 1, False, &call.job.beta)
+                and like_x(&call, residual, &call.a.residual)):
+            return None
+        y = result(&call, x, out, call.a.residual, NULL)
+        if y is not None:
+            compute(&call)
+        return y
+    finally:
+        free(call.memory)
+
+
+def backward(dy, x, mean, var, gamma, beta, axis, eps, bint training, out, activation, residual,
+             int threads):
+    """(dx, dgamma, dbeta, dresidual or None); None if an argument is not ordinary."""
+    cdef Call call
+    cdef Operand o
+    try:
+        if not (dy is not None
+                and begin(&call, BACKWARD if training else FROZEN, x, axis, eps, activation,
+                          threads)
+                and statistics(&call, mean, var)
+                and per_feature(&call, gamma, 0, False, &call.job.gamma)
+                and per_feature(&call, beta, 1, False, &call.job.beta)
+                and like_x(&call, dy, &call.a.dy)
+                and like_x(&call, residual, &call.a.residual)):
+            return None
+        dx = result(&call, x, out, call.a.dy, call.a.residual)
+        if dx is None:
+            return None
+        dresidual = None
+        if residual is not None:
+            dresidual = new_array(x.shape, x.dtype)
+            like_x(&call, dresidual, <const void **> &call.a.dresidual)
+        call.a.frozen = not training
+        dgamma, dbeta = new_array(call.job.features), new_array(call.job.features)
+        read(dgamma, &o)
+        call.job.dgamma = <double *> o.data
+        read(dbeta, &o)
+        call.job.dbeta = <double *> o.data
+        compute(&call)
+        return dx, dgamma, dbeta, dresidual
+    finally:
+        free(call.memory)
