@@ -34,6 +34,14 @@ def _no_data(features: int) -> Moments:
     return Moments._wrap(table)
 
 
+def _refuse(weights: Any, where: Any, nan: Any) -> None:
+    """What `moments` does not do yet."""
+    if nan not in ("propagate", "omit", "raise"):
+        raise ValueError(f"nan: expected 'propagate', 'omit' or 'raise', got {nan!r}")
+    name = "weights" if weights is not None else "where" if where is not None else "nan"
+    raise NotImplementedError(f"{name}: not supported yet in moments")
+
+
 def moments(
     x: Any,
     *,
@@ -76,15 +84,8 @@ def moments(
     >>> m.mean, m.var.round(4)
     (array([3., 5.]), array([0.6667, 0.6667]))
     """
-    for name, given in (
-        ("weights", weights is not None),
-        ("where", where is not None),
-        ("nan", nan != "propagate"),
-    ):
-        if given:
-            if name == "nan" and nan not in ("omit", "raise"):
-                raise ValueError(f"nan: expected 'propagate', 'omit' or 'raise', got {nan!r}")
-            raise NotImplementedError(f"{name}: not supported yet in moments")
+    if weights is not None or where is not None or nan != "propagate":
+        _refuse(weights, where, nan)
     threads = _runtime.get_num_threads()
     table = _runtime.kernels.moments(x, axis, threads)
     if table is None:

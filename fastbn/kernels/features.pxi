@@ -1,7 +1,7 @@
 # What is done per feature: chunk sums become moments, moments become parameters.
 
 from libc.float cimport DBL_MAX
-from libc.math cimport fabs, isfinite, sqrt
+from libc.math cimport fabs, isfinite
 
 
 cdef inline double finite_or_zero(double value) noexcept nogil:
@@ -98,14 +98,24 @@ cdef void moments_of_extremes(const Job *job, const pack *x, Py_ssize_t f) noexc
         job.m2[f] = odd - odd
 
 
-cdef inline double over_std(double value, double var, double eps) noexcept nogil:
-    """value / sqrt(var + eps), and 0 for a constant feature without eps."""
-    cdef double std = sqrt(var + eps)
-    return 0.0 if std == 0 else value / std
+# --- Parameters, eight features at a time ---------------------------------------------------------
+
+cdef inline d8 std_of(const Job *job, Py_ssize_t f, int k) noexcept nogil:
+    """sqrt(var + eps)"""
+    cdef d8 count = d8_splat(job.n)
+    if job.count != NULL:
+        count = load(<d8 *> job.count, f, k)
+    return d8_sqrt(add(d8_div(load(<d8 *> job.m2, f, k), count), d8_splat(job.eps)))
 
 
-cdef inline double variance(const Job *job, Py_ssize_t f) noexcept nogil:
-    return job.m2[f] / (job.count[f] if job.count else job.n)
+cdef inline d8 over(d8 value, d8 std) noexcept nogil:
+    """value / std, and 0 for a constant feature without eps."""
+    return where_positive(std, d8_div(value, std))
+
+
+cdef inline d8 or_else(const double *values, Py_ssize_t f, int k, double default) noexcept nogil:
+    """gamma or beta."""
+    return d8_splat(default) if values == NULL else load(<d8 *> values, f, k)
 
 
 cdef void forward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
@@ -117,23 +127,47 @@ cdef void forward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
     mean into the shift would cancel when |mean| is much larger than the standard deviation.
     """
     cdef Py_ssize_t f
-    cdef double slope, eps = job.eps
-    cdef const double *mean = job.mean
-    cdef const double *gamma = job.gamma
-    cdef const double *beta = job.beta
+    cdef int k
+    cdef d8 mean, slope, residue
     cdef pack *center = <pack *> job.center
-    cdef pack *scale = <pack *> job.scale
-    cdef pack *shift = <pack *> job.shift
-    for f in range(f0, f1):
-        slope = over_std(gamma[f] if gamma else 1.0, variance(job, f), eps)
-        put(center, f, mean[f])
-        put(scale, f, slope)
-        put(shift, f, (beta[f] if beta else 0.0) - (mean[f] - element(center, f)) * slope)
+    for f in range(f0, f1, 8):
+        k = <int> min(8, f1 - f)
+        mean = load(<d8 *> job.mean, f, k)
+        slope = over(or_else(job.gamma, f, k, 1), std_of(job, f, k))
+        narrow(center, f, k, mean)
+        residue = sub(mean, widen(center, f, k))
+        narrow(<pack *> job.scale, f, k, slope)
+        narrow(<pack *> job.shift, f, k, sub(or_else(job.beta, f, k, 0), mul(residue, slope)))
+
+
+cdef void backward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
+                              Py_ssize_t f1) noexcept nogil:
+    """Parameters of dx = gamma / std * (g - mean(g) - xhat * mean(g xhat)), xhat = (x - mean)/std.
+
+    As x sees it: dx = g * slope_g + ((x - center) * slope_x + level). With frozen statistics the
+    two means are not there, and dx = g * slope_g.
+    """
+    cdef Py_ssize_t f
+    cdef int k
+    cdef d8 std, slope, slope_x, residue, n = d8_splat(job.outer * job.inner), zero = d8_splat(0)
+    for f in range(f0, f1, 8):
+        k = <int> min(8, f1 - f)
+        std = std_of(job, f, k)
+        slope = over(or_else(job.gamma, f, k, 1), std)
+        narrow(<pack *> job.slope_g, f, k, slope)
+        if job.operation == BACKWARD:
+            slope = sub(zero, slope)
+            slope_x = mul(slope, over(d8_div(load(<d8 *> job.dgamma, f, k), n), std))
+            residue = sub(load(<d8 *> job.mean, f, k), widen(<pack *> job.center, f, k))
+            narrow(<pack *> job.slope_x, f, k, slope_x)
+            narrow(<pack *> job.level, f, k,
+                   sub(mul(slope, d8_div(load(<d8 *> job.dbeta, f, k), n)), mul(slope_x, residue)))
 
 
 cdef void merge_gradients(const Job *job, Py_ssize_t f0, Py_ssize_t f1) noexcept nogil:
-    """dbeta = sum(g) and, for now, dgamma = sum(g (x - mean)) from the chunks, in order."""
+    """dbeta = sum(g) and dgamma = sum(g xhat) from the chunks, in order."""
     cdef Py_ssize_t c, f
+    cdef int k
     cdef double *dbeta = job.dbeta
     cdef double *dgamma = job.dgamma
     cdef const double *sum_g = job.part_a
@@ -147,31 +181,7 @@ cdef void merge_gradients(const Job *job, Py_ssize_t f0, Py_ssize_t f1) noexcept
         for f in range(f0, f1):
             dbeta[f] = dbeta[f] + sum_g[f]
             dgamma[f] = dgamma[f] + sum_gx[f]
-
-
-cdef void scale_dgamma(const Job *job, Py_ssize_t f0, Py_ssize_t f1) noexcept nogil:
-    """dgamma = sum(g xhat): the 1 / std that its terms have in common."""
-    cdef Py_ssize_t f
-    for f in range(f0, f1):
-        job.dgamma[f] = over_std(job.dgamma[f], variance(job, f), job.eps)
-
-
-cdef void backward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
-                              Py_ssize_t f1) noexcept nogil:
-    """Parameters of dx = gamma / std * (g - mean(g) - xhat * mean(g xhat)), xhat = (x - mean)/std.
-
-    As x sees it: dx = g * slope_g + ((x - center) * slope_x + level). With frozen statistics the
-    two means are not there, and dx = g * slope_g.
-    """
-    cdef Py_ssize_t f
-    cdef double n = job.outer * job.inner, eps = job.eps, slope, slope_x, residue, var
-    cdef pack *center = <pack *> job.center
-    for f in range(f0, f1):
-        var = variance(job, f)
-        slope = over_std(job.gamma[f] if job.gamma else 1.0, var, eps)
-        put(<pack *> job.slope_g, f, slope)
-        if job.operation == BACKWARD:
-            slope_x = -slope * over_std(over_std(job.dgamma[f] / n, var, eps), var, eps)
-            residue = job.mean[f] - element(center, f)
-            put(<pack *> job.slope_x, f, slope_x)
-            put(<pack *> job.level, f, -slope * (job.dbeta[f] / n) - slope_x * residue)
+    # What was summed is g (x - mean): its terms have the 1 / std in common.
+    for f in range(f0, f1, 8):
+        k = <int> min(8, f1 - f)
+        store(<d8 *> dgamma, f, k, over(load(<d8 *> dgamma, f, k), std_of(job, f, k)))

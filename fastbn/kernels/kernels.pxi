@@ -55,7 +55,6 @@ cdef inline void finish(const Job *job, const pack *x, Py_ssize_t f0, Py_ssize_t
     else:
         merge_gradients(job, f0, f1)
         backward_parameters(job, x, f0, f1)
-        scale_dgamma(job, f0, f1)
 
 
 cdef inline void apply(const Job *job, const Arrays *a, const pack *x, Py_ssize_t c,

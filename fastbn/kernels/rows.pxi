@@ -48,6 +48,8 @@ cdef inline void sum_columns(double *sum1, double *sum2, const double *pivot, co
     cdef int r
     for r in range(rows):
         d = sub(widen(x, r * stride + j, k), p)
+        if k < 8:                           # what lies beyond has a pivot, and may be a column
+            d = d8_keep(d, k)
         a = add(a, d)
         b = fma(d, d, b)
     store(<d8 *> sum1, j, 8, a)

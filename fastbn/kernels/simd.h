@@ -15,6 +15,7 @@
 #ifndef FASTBN_SIMD_H
 #define FASTBN_SIMD_H
 
+#include <math.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -62,6 +63,11 @@ INLINE f16 f16_mul(f16 a, f16 b) { return _mm512_mul_ps(a, b); }
 INLINE d8 d8_mul(d8 a, d8 b) { return _mm512_mul_pd(a, b); }
 INLINE f16 f16_fma(f16 a, f16 b, f16 c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE d8 d8_fma(d8 a, d8 b, d8 c) { return _mm512_fmadd_pd(a, b, c); }
+INLINE d8 d8_div(d8 a, d8 b) { return _mm512_div_pd(a, b); }
+INLINE d8 d8_sqrt(d8 a) { return _mm512_sqrt_pd(a); }
+INLINE void d8_narrow(float *p, d8 a, int k) {
+    _mm256_mask_storeu_ps(p, D8_FIRST(k), _mm512_cvtpd_ps(a));
+}
 /* 0 > a ? 0 : a, so that NaN stays NaN */
 INLINE f16 f16_relu(f16 a) { return _mm512_max_ps(_mm512_setzero_ps(), a); }
 INLINE d8 d8_relu(d8 a) { return _mm512_max_pd(_mm512_setzero_pd(), a); }
@@ -139,6 +145,12 @@ INLINE f16 f16_fma(f16 x, f16 y, f16 z) {
 INLINE d8 d8_fma(d8 x, d8 y, d8 z) {
     return d8_of(_mm256_fmadd_pd(x.a, y.a, z.a), _mm256_fmadd_pd(x.b, y.b, z.b));
 }
+INLINE d8 d8_div(d8 x, d8 y) { return BOTH(d8, _mm256_div_pd); }
+INLINE d8 d8_sqrt(d8 x) { return d8_of(_mm256_sqrt_pd(x.a), _mm256_sqrt_pd(x.b)); }
+INLINE void d8_narrow(float *p, d8 x, int k) {
+    const __m256 v = _mm256_set_m128(_mm256_cvtpd_ps(x.b), _mm256_cvtpd_ps(x.a));
+    _mm256_maskstore_ps(p, MASK32(k, 0), v);
+}
 INLINE f16 f16_relu(f16 y) { f16 x = f16_splat(0); return BOTH(f16, _mm256_max_ps); }
 INLINE d8 d8_relu(d8 y) { d8 x = d8_splat(0); return BOTH(d8, _mm256_max_pd); }
 INLINE f16 f16_where_positive(f16 t, f16 g) {
@@ -201,6 +213,9 @@ INLINE f16 f16_mul(f16 a, f16 b) { EACH(f16, F16_PARTS, a.q[i] * b.q[i]); }
 INLINE d8 d8_mul(d8 a, d8 b) { EACH(d8, D8_PARTS, a.q[i] * b.q[i]); }
 INLINE f16 f16_fma(f16 a, f16 b, f16 c) { EACH(f16, F16_PARTS, a.q[i] * b.q[i] + c.q[i]); }
 INLINE d8 d8_fma(d8 a, d8 b, d8 c) { EACH(d8, D8_PARTS, a.q[i] * b.q[i] + c.q[i]); }
+INLINE d8 d8_div(d8 a, d8 b) { EACH(d8, D8_PARTS, a.q[i] / b.q[i]); }
+INLINE d8 d8_sqrt(d8 a) { LANE(d8, 8, sqrt(a.v[i])); }
+INLINE void d8_narrow(float *p, d8 a, int k) { for (int i = 0; i < k; i++) p[i] = (float)a.v[i]; }
 INLINE f16 f16_relu(f16 a) { LANE(f16, 16, 0 > a.v[i] ? 0 : a.v[i]); }
 INLINE d8 d8_relu(d8 a) { LANE(d8, 8, 0 > a.v[i] ? 0 : a.v[i]); }
 INLINE f16 f16_where_positive(f16 t, f16 g) { LANE(f16, 16, t.v[i] <= 0 ? 0 : g.v[i]); }

@@ -41,6 +41,9 @@ cdef extern from "simd.h" nogil:
     d8 d8_relu(d8 a)
     f16 f16_where_positive(f16 t, f16 g)
     d8 d8_where_positive(d8 t, d8 g)
+    d8 d8_div(d8 a, d8 b)
+    d8 d8_sqrt(d8 a)
+    void d8_narrow(float *p, d8 a, int k)
     d8 d8_keep(d8 a, int k)
     double d8_sum(d8 a)
 
@@ -123,6 +126,14 @@ cdef inline d8 widen(const pack *p, Py_ssize_t i, int k) noexcept nogil:
         if k == 8:
             return d8_load(<const double *> p + i)
         return d8_load_part(<const double *> p + i, k)
+
+
+cdef inline void narrow(pack *p, Py_ssize_t i, int k, d8 a) noexcept nogil:
+    """The first k lanes of a to the elements from i on, rounded to the dtype."""
+    if pack is f16:
+        d8_narrow(<float *> p + i, a, k)
+    else:
+        store(<d8 *> p, i, k, a)
 
 
 # --- Arithmetic -------------------------------------------------------------------------------
