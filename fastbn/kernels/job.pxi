@@ -18,8 +18,11 @@
 cdef enum:
     TILE = 512          # most columns of a rows group: accumulators and parameters stay in L1
     CHUNK = 131072      # elements of a tile's chunk (rows): 0.5 MB of float32
+    GROUP = 64          # most features of a planes group
+    PAGE_BYTES = 4096
     SPAN = 16384        # elements of a chunk in planes: few enough sums per lane to lose nothing
-    SHORT_RUN = 512     # runs up to this length are worked on as rows
+    SHORT_RUN = 64      # runs up to this length are worked on as rows
+    LONG_RUN = 2048     # runs from this length on need no help from the prefetcher
     GRAIN = 32768       # elements that make it worth to wake another thread
     L2_BYTES = 786432   # what of a core's second-level cache one group's data may fill
 
@@ -128,12 +131,15 @@ cdef void cut(Job *job, int itemsize, int threads) noexcept nogil:
         job.piece = min(job.inner, SPAN)
         job.runs = max(1, SPAN // job.inner)
         job.chunks = ceil_div(job.outer, job.runs) * ceil_div(job.inner, job.piece)
-        job.group = 1
-        job.groups = job.features
+        # Enough features side by side to read a page at a time, while they fit in cache.
+        bytes_ = job.inner * itemsize
+        job.group = max(1, min(PAGE_BYTES // bytes_, L2_BYTES // (bytes_ * job.outer)))
+        job.group = min(job.group, max(1, job.features // (4 * job.threads)))
+        job.groups = ceil_div(job.features, job.group)
         # With few features the threads share each one; with many, each takes features whole.
-        job.own = job.threads == 1 or job.features >= 4 * job.threads or job.chunks == 1
+        job.own = job.threads == 1 or job.groups >= 4 * job.threads or job.chunks == 1
         if job.own:
-            job.threads = <int> min(job.threads, job.features)
+            job.threads = <int> min(job.threads, job.groups)
 
 
 cdef inline Py_ssize_t chunk_count(const Job *job, Py_ssize_t c) noexcept nogil:

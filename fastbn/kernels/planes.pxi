@@ -1,136 +1,214 @@
 # The planes layout: a feature is `outer` runs of `inner` contiguous elements. Its parameters are
-# the same for a whole run, and its sums stay in registers from run to run.
+# the same for a whole run, and a run is summed in registers.
+#
+# Neighbouring features are taken together where runs are short, run beside run as memory lies,
+# and the same place in the next sample is prefetched: a run of 196 float32 and then a jump is too
+# short for the hardware to see a pattern.
 
-cdef struct Chunk:
-    Py_ssize_t start        # element where its first run begins
+cdef struct Block:
+    Py_ssize_t first        # its first feature
+    Py_ssize_t features
+    Py_ssize_t start        # element where its chunk's first run begins
     Py_ssize_t length       # of a run
-    Py_ssize_t runs
-    Py_ssize_t stride       # elements from run to run
+    Py_ssize_t runs         # of a feature
+    Py_ssize_t stride       # elements from a run to the feature's next
+    Py_ssize_t ahead        # elements to what to prefetch, or 0 where runs are long
 
 
-cdef inline Chunk chunk_of(const Job *job, Py_ssize_t c, Py_ssize_t f) noexcept nogil:
-    cdef Chunk t
+cdef inline Block block_of(const Job *job, Py_ssize_t c, Py_ssize_t g) noexcept nogil:
+    cdef Block t
     cdef Py_ssize_t pieces = ceil_div(job.inner, job.piece)
-    cdef Py_ssize_t run = c // pieces * job.runs, first = c % pieces * job.piece
+    cdef Py_ssize_t run = c // pieces * job.runs, within = c % pieces * job.piece
+    t.first = g * job.group
+    t.features = min(job.group, job.features - t.first)
     t.stride = job.features * job.inner
-    t.start = run * t.stride + f * job.inner + first
-    t.length = min(job.piece, job.inner - first)
+    t.start = run * t.stride + t.first * job.inner + within
+    t.length = min(job.piece, job.inner - within)
     t.runs = min(job.runs, job.outer - run)
+    t.ahead = t.stride if job.inner < LONG_RUN else 0
     return t
 
 
-cdef void moments_planes(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t f) noexcept nogil:
-    """part_a, part_b <- moments of chunk c of feature f."""
-    cdef Chunk t = chunk_of(job, c, f)
-    cdef double pivot = finite_or_zero(element(x, t.start))
-    cdef double *mean = job.part_a + c * job.features + f
-    cdef double *m2 = job.part_b + c * job.features + f
-    cdef double total1, total2
-    cdef d8 p, u, v, sum1, sum1b, sum2, sum2b, zero = d8_splat(0)
-    cdef Py_ssize_t r, i, end
+cdef struct Lanes:
+    # Sums of a feature, in two packs each so that one multiply-add need not wait for the last.
+    d8 a
+    d8 b
+    d8 a2
+    d8 b2
+
+
+cdef inline Lanes no_sums() noexcept nogil:
+    cdef Lanes s
+    s.a = s.b = s.a2 = s.b2 = d8_splat(0)
+    return s
+
+
+cdef inline Lanes sum_run(Lanes s, const pack *x, Py_ssize_t i, Py_ssize_t end,
+                          Py_ssize_t ahead, double pivot) noexcept nogil:
+    """sum(x - pivot) and sum((x - pivot)^2) of elements [i, end), added to s."""
+    cdef d8 p = d8_splat(pivot), u, v
+    cdef int k
+    while i + 16 <= end:
+        fastbn_prefetch(at(x, i + ahead))
+        if pack is d8:                      # 16 elements are two cache lines
+            fastbn_prefetch(at(x, i + ahead + 8))
+        u = sub(widen(x, i, 8), p)
+        v = sub(widen(x, i + 8, 8), p)
+        s.a = add(s.a, u)
+        s.b = add(s.b, v)
+        s.a2 = fma(u, u, s.a2)
+        s.b2 = fma(v, v, s.b2)
+        i += 16
+    while i < end:
+        k = <int> min(8, end - i)
+        u = d8_keep(sub(widen(x, i, k), p), k)
+        s.a = add(s.a, u)
+        s.a2 = fma(u, u, s.a2)
+        i += 8
+    return s
+
+
+cdef void moments_planes(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t g) noexcept nogil:
+    """part_a, part_b <- moments of chunk c of the features of group g."""
+    cdef Block t = block_of(job, c, g)
+    cdef Lanes sums[GROUP]
+    cdef double pivot[GROUP]
+    cdef double sum1[GROUP]
+    cdef double sum2[GROUP]
+    cdef double *mean = job.part_a + c * job.features + t.first
+    cdef double *m2 = job.part_b + c * job.features + t.first
+    cdef Py_ssize_t r, f, i
     cdef int attempt
+    for f in range(t.features):
+        pivot[f] = finite_or_zero(element(x, t.start + f * job.inner))
     for attempt in range(2):
-        p = d8_splat(pivot)
-        sum1 = sum1b = sum2 = sum2b = zero
+        for f in range(t.features):
+            sums[f] = no_sums()
         for r in range(t.runs):
-            i = t.start + r * t.stride
-            end = i + t.length
-            # Two packs at a time, so that one multiply-add need not wait for the last.
-            while i + 16 <= end:
-                u = sub(widen(x, i, 8), p)
-                v = sub(widen(x, i + 8, 8), p)
-                sum1 = add(sum1, u)
-                sum1b = add(sum1b, v)
-                sum2 = fma(u, u, sum2)
-                sum2b = fma(v, v, sum2b)
-                i += 16
-            while i < end:
-                u = sub(widen(x, i, <int> min(8, end - i)), p)
-                u = d8_keep(u, <int> min(8, end - i))
-                sum1 = add(sum1, u)
-                sum2 = fma(u, u, sum2)
-                i += 8
-        total1 = d8_sum(add(sum1, sum1b))
-        total2 = d8_sum(add(sum2, sum2b))
-        if not close_chunk(&total1, &total2, 1, t.length * t.runs, mean, m2) or attempt == 1:
+            for f in range(t.features):
+                i = t.start + r * t.stride + f * job.inner
+                sums[f] = sum_run(sums[f], x, i, i + t.length, t.ahead, pivot[f])
+        for f in range(t.features):
+            sum1[f] = d8_sum(add(sums[f].a, sums[f].b))
+            sum2[f] = d8_sum(add(sums[f].a2, sums[f].b2))
+        if (not close_chunk(sum1, sum2, t.features, t.length * t.runs, mean, m2)
+                or attempt == 1):
             break
-        pivot += mean[0]
-    mean[0] += pivot - origin(job, x, f)
+        for f in range(t.features):
+            if cancelled(m2[f], sum2[f]):
+                pivot[f] += mean[f]
+    for f in range(t.features):
+        mean[f] += pivot[f] - origin(job, x, t.first + f)
+
+
+# --- y = (x - center) * scale + shift ------------------------------------------------------------
+
+cdef inline void forward_run(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t end,
+                             Py_ssize_t ahead, pack center, pack scale,
+                             pack shift) noexcept nogil:
+    cdef int k = lead(a, x, i, end - i)
+    if k > 0:
+        forward_pack(a, x, i, k, center, scale, shift)
+        i += k
+    while i + lanes(x) <= end:
+        fastbn_prefetch(at(x, i + ahead))
+        forward_pack(a, x, i, lanes(x), center, scale, shift)
+        i += lanes(x)
+    if i < end:
+        forward_pack(a, x, i, <int> (end - i), center, scale, shift)
+
+
+cdef inline pack parameter(const pack *values, Py_ssize_t f) noexcept nogil:
+    return splat(values, element(values, f))
 
 
 cdef void forward_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
-                         Py_ssize_t f) noexcept nogil:
-    cdef Chunk t = chunk_of(job, c, f)
-    cdef pack center = splat(x, element(<pack *> job.center, f))
-    cdef pack scale = splat(x, element(<pack *> job.scale, f))
-    cdef pack shift = splat(x, element(<pack *> job.shift, f))
-    cdef Py_ssize_t r, i, k, end
+                         Py_ssize_t g) noexcept nogil:
+    cdef Block t = block_of(job, c, g)
+    cdef Py_ssize_t r, f, i
     for r in range(t.runs):
-        i = t.start + r * t.stride
-        end = i + t.length
-        k = lead(a, x, i, t.length)
-        if k > 0:
-            forward_pack(a, x, i, <int> k, center, scale, shift)
-            i += k
-        while i + lanes(x) <= end:
-            forward_pack(a, x, i, lanes(x), center, scale, shift)
-            i += lanes(x)
-        if i < end:
-            forward_pack(a, x, i, <int> (end - i), center, scale, shift)
+        for f in range(t.first, t.first + t.features):
+            i = t.start + r * t.stride + (f - t.first) * job.inner
+            forward_run(a, x, i, i + t.length, t.ahead, parameter(<pack *> job.center, f),
+                        parameter(<pack *> job.scale, f), parameter(<pack *> job.shift, f))
+
+
+# --- Backward ------------------------------------------------------------------------------------
+
+cdef inline Lanes sum_gradients_run(Lanes s, Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t end,
+                                    Py_ssize_t ahead, double mean, pack center, pack scale,
+                                    pack shift) noexcept nogil:
+    """sum(g) and sum(g (x - mean)) of elements [i, end), added to s."""
+    cdef d8 m = d8_splat(mean)
+    cdef pack g, u
+    cdef int k
+    while i < end:
+        fastbn_prefetch(at(x, i + ahead))
+        fastbn_prefetch(at(<pack *> a.dy, i + ahead))
+        # Lanes beyond the end have g = 0, and add nothing.
+        k = <int> min(lanes(x), end - i)
+        g = masked(a, x, i, k, center, scale, shift)
+        u = load(x, i, k)
+        if pack is f16:
+            s.a = add(s.a, f16_low(g))
+            s.b = add(s.b, f16_high(g))
+            s.a2 = fma(f16_low(g), sub(f16_low(u), m), s.a2)
+            s.b2 = fma(f16_high(g), sub(f16_high(u), m), s.b2)
+        else:
+            s.a = add(s.a, g)
+            s.a2 = fma(g, sub(u, m), s.a2)
+        i += lanes(x)
+    return s
 
 
 cdef void gradients_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
-                           Py_ssize_t f) noexcept nogil:
-    """part_a, part_b <- sum(g) and sum(g (x - mean)) of chunk c of feature f."""
-    cdef Chunk t = chunk_of(job, c, f)
-    cdef pack center = splat(x, element(<pack *> job.center, f))
-    cdef pack scale = splat(x, element(<pack *> job.scale, f))
-    cdef pack shift = splat(x, element(<pack *> job.shift, f))
-    cdef d8 mean = d8_splat(job.mean[f]), zero = d8_splat(0)
-    cdef d8 sum_g = zero, sum_gb = zero, sum_gx = zero, sum_gxb = zero
-    cdef pack g, u
-    cdef Py_ssize_t r, i, end
-    cdef int k
+                           Py_ssize_t g) noexcept nogil:
+    """part_a, part_b <- sum(g) and sum(g (x - mean)) of chunk c of the features of group g."""
+    cdef Block t = block_of(job, c, g)
+    cdef Lanes sums[GROUP]
+    cdef Py_ssize_t r, f, i, n
+    for f in range(t.features):
+        sums[f] = no_sums()
     for r in range(t.runs):
-        i = t.start + r * t.stride
-        end = i + t.length
-        while i < end:
-            # Lanes beyond the end of a run have g = 0, and add nothing.
-            k = <int> min(lanes(x), end - i)
-            g = masked(a, x, i, k, center, scale, shift)
-            u = load(x, i, k)
-            if pack is f16:
-                sum_g = add(sum_g, f16_low(g))
-                sum_gb = add(sum_gb, f16_high(g))
-                sum_gx = fma(f16_low(g), sub(f16_low(u), mean), sum_gx)
-                sum_gxb = fma(f16_high(g), sub(f16_high(u), mean), sum_gxb)
-            else:
-                sum_g = add(sum_g, g)
-                sum_gx = fma(g, sub(u, mean), sum_gx)
-            i += lanes(x)
-    job.part_a[c * job.features + f] = d8_sum(add(sum_g, sum_gb))
-    job.part_b[c * job.features + f] = d8_sum(add(sum_gx, sum_gxb))
+        for n in range(t.features):
+            f = t.first + n
+            i = t.start + r * t.stride + n * job.inner
+            sums[n] = sum_gradients_run(
+                sums[n], a, x, i, i + t.length, t.ahead, job.mean[f], parameter(<pack *> job.center, f),
+                parameter(<pack *> job.scale, f), parameter(<pack *> job.shift, f))
+    for n in range(t.features):
+        job.part_a[c * job.features + t.first + n] = d8_sum(add(sums[n].a, sums[n].b))
+        job.part_b[c * job.features + t.first + n] = d8_sum(add(sums[n].a2, sums[n].b2))
+
+
+cdef inline void backward_run(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t end,
+                              Py_ssize_t ahead, pack center, pack scale, pack shift,
+                              pack slope_g, pack slope_x, pack level) noexcept nogil:
+    cdef int k = lead(a, x, i, end - i)
+    if k > 0:
+        backward_pack(a, x, i, k, masked(a, x, i, k, center, scale, shift), center, slope_g,
+                      slope_x, level)
+        i += k
+    while i + lanes(x) <= end:
+        fastbn_prefetch(at(x, i + ahead))
+        fastbn_prefetch(at(<pack *> a.dy, i + ahead))
+        backward_pack(a, x, i, lanes(x), masked(a, x, i, lanes(x), center, scale, shift), center,
+                      slope_g, slope_x, level)
+        i += lanes(x)
+    if i < end:
+        k = <int> (end - i)
+        backward_pack(a, x, i, k, masked(a, x, i, k, center, scale, shift), center, slope_g,
+                      slope_x, level)
 
 
 cdef void backward_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
-                          Py_ssize_t f) noexcept nogil:
-    cdef Chunk t = chunk_of(job, c, f)
-    cdef pack center = splat(x, element(<pack *> job.center, f))
-    cdef pack scale = splat(x, element(<pack *> job.scale, f))
-    cdef pack shift = splat(x, element(<pack *> job.shift, f))
-    cdef pack slope_g = splat(x, element(<pack *> job.slope_g, f))
-    cdef pack slope_x = splat(x, element(<pack *> job.slope_x, f))
-    cdef pack level = splat(x, element(<pack *> job.level, f))
-    cdef Py_ssize_t r, i, end
-    cdef int k
+                          Py_ssize_t g) noexcept nogil:
+    cdef Block t = block_of(job, c, g)
+    cdef Py_ssize_t r, f, i
     for r in range(t.runs):
-        i = t.start + r * t.stride
-        end = i + t.length
-        k = lead(a, x, i, t.length)
-        while i < end:
-            if k == 0:
-                k = <int> min(lanes(x), end - i)
-            backward_pack(a, x, i, k, masked(a, x, i, k, center, scale, shift),
-                          center, slope_g, slope_x, level)
-            i += k
-            k = 0
+        for f in range(t.first, t.first + t.features):
+            i = t.start + r * t.stride + (f - t.first) * job.inner
+            backward_run(a, x, i, i + t.length, t.ahead, parameter(<pack *> job.center, f),
+                         parameter(<pack *> job.scale, f), parameter(<pack *> job.shift, f),
+                         parameter(<pack *> job.slope_g, f), parameter(<pack *> job.slope_x, f),
+                         parameter(<pack *> job.level, f))
