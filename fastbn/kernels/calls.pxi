@@ -8,7 +8,7 @@
 # range, eps a float >= 0.
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport free, malloc
 
 from numpy import empty as new_array, ndarray as Array
 
@@ -28,8 +28,9 @@ cdef struct Call:
     Job job
     Arrays a
     Operand x
-    double *memory                  # all scratch memory
+    char *memory                    # all scratch memory
     double *vectors                 # the part for converted per-feature arguments
+    Operand given[VECTORS]          # those that are read where they are
 
 
 cdef bint read(object array, Operand *o) except -1:
@@ -61,10 +62,12 @@ cdef bint read(object array, Operand *o) except -1:
     return ordinary and o.size > 0
 
 
+cdef bint apart(const Operand *a, const Operand *b) noexcept:
+    return (a.data + a.size * a.itemsize <= b.data or b.data + b.size * b.itemsize <= a.data)
+
+
 cdef bint same_memory_or_none(const Operand *a, const Operand *b) noexcept:
-    return (a.data == b.data and a.size == b.size and a.itemsize == b.itemsize
-            or a.data + a.size * a.itemsize <= b.data
-            or b.data + b.size * b.itemsize <= a.data)
+    return (a.data == b.data and a.size == b.size and a.itemsize == b.itemsize) or apart(a, b)
 
 
 cdef bint begin(Call *call, Operation operation, x, axis, eps, activation, int threads) except -1:
@@ -97,19 +100,26 @@ cdef bint begin(Call *call, Operation operation, x, axis, eps, activation, int t
             job.inner *= call.x.shape[k]
     job.n = job.outer * job.inner
     cut(job, call.x.itemsize, threads)
-    n = job.features
-    call.memory = <double *> calloc((2 * job.chunks + 6 + VECTORS) * n, sizeof(double))
+    return reserve(call)
+
+
+cdef bint reserve(Call *call) except -1:
+    """Give a call its scratch memory, not cleared: what is not used is not touched."""
+    cdef Job *job = &call.job
+    cdef Py_ssize_t n = job.features, parameters = (n * call.x.itemsize + 63) // 64 * 64
+    cdef Py_ssize_t chunks = 0 if job.operation == NORMALIZE else 2 * job.chunks
+    call.memory = <char *> malloc((chunks + VECTORS) * n * sizeof(double) + 6 * parameters)
     if call.memory == NULL:
         raise MemoryError(f"no memory for the chunk sums of {n} features")
-    job.part_a = call.memory
+    job.center = call.memory
+    job.scale = call.memory + parameters
+    job.shift = call.memory + 2 * parameters
+    job.slope_g = call.memory + 3 * parameters
+    job.slope_x = call.memory + 4 * parameters
+    job.level = call.memory + 5 * parameters
+    job.part_a = <double *> (call.memory + 6 * parameters)
     job.part_b = job.part_a + job.chunks * n
-    job.center = job.part_b + job.chunks * n
-    job.scale = <double *> job.center + n
-    job.shift = <double *> job.scale + n
-    job.slope_g = <double *> job.shift + n
-    job.slope_x = <double *> job.slope_g + n
-    job.level = <double *> job.slope_x + n
-    call.vectors = <double *> job.level + n
+    call.vectors = job.part_a + chunks * n
     return True
 
 
@@ -149,36 +159,41 @@ cdef object result(Call *call, object x, object out, const void *in1, const void
         other.data = <char *> inputs[k]
         if other.data != NULL and not same_memory_or_none(&o, &other):
             return None
+    for k in range(VECTORS):
+        if call.given[k].data != NULL and not apart(&o, &call.given[k]):
+            return None
     return out
 
 
-cdef bint per_feature(Call *call, object array, int slot, bint variances,
-                      const double **where) except -1:
-    """Copy an argument of shape (features,), float32 or float64, or None for none."""
-    cdef Operand o
+cdef bint per_feature(Call *call, object array, int slot, const double **where) except -1:
+    """Take an argument of shape (features,), float32 or float64, or None for none."""
+    cdef Operand *o = &call.given[slot]
     cdef Py_ssize_t f
     cdef double *vector = call.vectors + slot * call.job.features
     if array is None:
         return True
-    if not read(array, &o) or o.ndim != 1 or o.size != call.job.features:
+    if not read(array, o) or o.ndim != 1 or o.size != call.job.features:
         return False
-    for f in range(o.size):
-        vector[f] = (<float *> o.data)[f] if o.itemsize == 4 else (<double *> o.data)[f]
-        if variances and vector[f] < 0:
-            return False
-    where[0] = vector
+    where[0] = <double *> o.data
+    if o.itemsize == 4:
+        for f in range(o.size):
+            vector[f] = (<float *> o.data)[f]
+        where[0] = vector
     return True
 
 
 cdef bint statistics(Call *call, object mean, object var) except -1:
     """Take (mean, var), or the table of a Moments and None."""
     cdef Operand o
-    cdef Py_ssize_t n = call.job.features
+    cdef Py_ssize_t f, negative = 0, n = call.job.features
     if var is not None:
         call.job.n = 1
-        return (mean is not None
-                and per_feature(call, mean, 2, False, <const double **> &call.job.mean)
-                and per_feature(call, var, 3, True, <const double **> &call.job.m2))
+        if (mean is None or not per_feature(call, mean, 2, <const double **> &call.job.mean)
+                or not per_feature(call, var, 3, <const double **> &call.job.m2)):
+            return False
+        for f in range(n):
+            negative += call.job.m2[f] < 0
+        return negative == 0
     if not read(mean, &o) or o.ndim != 2 or o.itemsize != 8 or o.shape[0] != 3 or o.shape[1] != n:
         return False
     call.job.count = <double *> o.data
@@ -231,8 +246,8 @@ def forward(x, gamma, beta, axis, eps, out, activation, residual, int threads):
     cdef Call call
     try:
         if not (begin(&call, FORWARD, x, axis, eps, activation, threads)
-                and per_feature(&call, gamma, 0, False, &call.job.gamma)
-                and per_feature(&call, beta, 1, False, &call.job.beta)
+                and per_feature(&call, gamma, 0, &call.job.gamma)
+                and per_feature(&call, beta, 1, &call.job.beta)
                 and like_x(&call, residual, &call.a.residual)):
             return None
         y = result(&call, x, out, call.a.residual, NULL)
@@ -251,8 +266,8 @@ def normalize(x, mean, var, gamma, beta, axis, eps, out, activation, residual, i
     try:
         if not (begin(&call, NORMALIZE, x, axis, eps, activation, threads)
                 and statistics(&call, mean, var)
-                and per_feature(&call, gamma, 0, False, &call.job.gamma)
-                and per_feature(&call, beta, 1, False, &call.job.beta)
+                and per_feature(&call, gamma, 0, &call.job.gamma)
+                and per_feature(&call, beta, 1, &call.job.beta)
                 and like_x(&call, residual, &call.a.residual)):
             return None
         y = result(&call, x, out, call.a.residual, NULL)
@@ -273,8 +288,8 @@ def backward(dy, x, mean, var, gamma, beta, axis, eps, bint training, out, activ
                 and begin(&call, BACKWARD if training else FROZEN, x, axis, eps, activation,
                           threads)
                 and statistics(&call, mean, var)
-                and per_feature(&call, gamma, 0, False, &call.job.gamma)
-                and per_feature(&call, beta, 1, False, &call.job.beta)
+                and per_feature(&call, gamma, 0, &call.job.gamma)
+                and per_feature(&call, beta, 1, &call.job.beta)
                 and like_x(&call, dy, &call.a.dy)
                 and like_x(&call, residual, &call.a.residual)):
             return None

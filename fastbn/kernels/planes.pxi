@@ -174,8 +174,9 @@ cdef void gradients_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c
             f = t.first + n
             i = t.start + r * t.stride + n * job.inner
             sums[n] = sum_gradients_run(
-                sums[n], a, x, i, i + t.length, t.ahead, job.mean[f], parameter(<pack *> job.center, f),
-                parameter(<pack *> job.scale, f), parameter(<pack *> job.shift, f))
+                sums[n], a, x, i, i + t.length, t.ahead, job.mean[f],
+                parameter(<pack *> job.center, f), parameter(<pack *> job.scale, f),
+                parameter(<pack *> job.shift, f))
     for n in range(t.features):
         job.part_a[c * job.features + t.first + n] = d8_sum(add(sums[n].a, sums[n].b))
         job.part_b[c * job.features + t.first + n] = d8_sum(add(sums[n].a2, sums[n].b2))
