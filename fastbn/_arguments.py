@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from typing import Any
 
@@ -52,12 +53,22 @@ def features_of(a: Array, axis: int) -> int:
     return 1 if a.ndim == 1 else a.shape[axis]
 
 
-def check_eps(eps: Any) -> float:
+def real_number(value: Any, name: str) -> float:
+    """A finite float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
     try:
-        value = float(eps)
-    except (TypeError, ValueError):
-        raise TypeError(f"eps: expected a number, got {eps!r}") from None
-    if not 0 <= value < np.inf:
+        number = float(value)
+    except OverflowError:
+        number = np.inf
+    if not np.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {number}")
+    return number
+
+
+def check_eps(eps: Any) -> float:
+    value = real_number(eps, "eps")
+    if value < 0:
         raise ValueError(f"eps: expected a finite number >= 0, got {value}")
     return value
 

@@ -65,8 +65,15 @@ class Checked(NamedTuple):
     def dense(self, a: Array | None) -> Array | None:
         return None if a is None else self.layout.dense(a, self.dtype)
 
-    def target(self, *inputs: Any) -> Target:
-        return Target(self.out, self.layout, self.dtype, [self.x, self.residual, *inputs])
+    def target(self, *per_feature: Array, dy: Array | None = None) -> Target:
+        """Where the result goes, clear of every input."""
+        return Target(
+            self.out,
+            self.layout,
+            self.dtype,
+            (self.x, self.residual, dy),
+            (self.gamma, self.beta, *per_feature),
+        )
 
 
 def check(

@@ -9,6 +9,7 @@ broadcasting, reversed axes) is copied once into a dense array with its axes in 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,13 +69,26 @@ def layout_of(a: Array, axis: int) -> Layout:
 class Target:
     """Where a kernel writes an array-shaped result: into `out` itself where it can.
 
-    `out` is written to directly if it lies in memory as x does and overlaps an input either not
-    at all or exactly. Otherwise the kernel writes to a new array, which is then copied to `out`.
+    `out` is written to directly if it lies in memory as x does, has nothing in common with the
+    per-feature arguments, and overlaps an array of x's shape either not at all or exactly.
+    Otherwise the kernel writes to a new array, which is then copied to `out`.
     """
 
-    def __init__(self, out: Array | None, layout: Layout, dtype: Any, inputs: list[Any]) -> None:
+    def __init__(
+        self,
+        out: Array | None,
+        layout: Layout,
+        dtype: Any,
+        like_x: Sequence[Array | None],
+        per_feature: Sequence[Array | None],
+    ) -> None:
         view = None if out is None else layout.view(out)
-        if out is None or view is None or _overlaps(out, inputs):
+        if (
+            out is None
+            or view is None
+            or any(_touch(out, a) and not _same_elements(out, a) for a in like_x)
+            or any(_touch(out, a) for a in per_feature)
+        ):
             self.array = layout.empty(dtype)
             view = layout.view(self.array)
         else:
@@ -90,16 +104,15 @@ class Target:
         return self.out
 
 
-def _overlaps(out: Array, inputs: list[Any]) -> bool:
-    """Whether `out` shares memory with an input without being the very same elements."""
-    return any(
-        a is not None
-        and np.may_share_memory(out, a)
-        and not (
-            a.shape == out.shape
-            and a.strides == out.strides
-            and a.dtype == out.dtype
-            and a.__array_interface__["data"][0] == out.__array_interface__["data"][0]
-        )
-        for a in inputs
+def _touch(a: Array, b: Array | None) -> bool:
+    return b is not None and np.may_share_memory(a, b)
+
+
+def _same_elements(a: Array, b: Array | None) -> bool:
+    return (
+        b is not None
+        and a.shape == b.shape
+        and a.strides == b.strides
+        and a.dtype == b.dtype
+        and a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
     )

@@ -18,6 +18,8 @@ import numpy as np
 
 from fastbn._version import __version__
 
+MOST_THREADS = 1024  # a system that cannot start as many as are asked for stops the process
+
 
 def instruction_sets() -> list[str]:
     """The instruction sets that this build and this machine have, best first."""
@@ -57,6 +59,8 @@ def _count(value: object, name: str) -> int:
         raise TypeError(f"{name}: expected a positive integer, got {value!r}") from None
     if n < 1:
         raise ValueError(f"{name}: expected a positive integer, got {n}")
+    if n > MOST_THREADS:
+        raise ValueError(f"{name}: expected at most {MOST_THREADS} threads, got {n}")
     return n
 
 
@@ -66,7 +70,7 @@ def _from_environment(name: str) -> int | None:
         return None
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"{name}={text!r}: expected a positive integer")
-    return int(text)
+    return _count(int(text), name)
 
 
 def _cgroup_quota() -> float:

@@ -299,7 +299,7 @@ def batch_norm_backward(
             dresidual = None if c.residual is None else np.empty(c.x.shape, c.dtype)
             done = dx, np.zeros(c.features), np.zeros(c.features), dresidual
         else:
-            target = c.target(g, mean, var)
+            target = c.target(mean, var, dy=g)
             _, dgamma, dbeta, d3 = _runtime.kernels.backward(
                 c.dense(g),
                 c.dense(c.x),

@@ -18,6 +18,7 @@ from fastbn._arguments import (
     compute_dtype,
     features_of,
     per_feature,
+    per_feature_or_none,
 )
 from fastbn._checked import Stats
 from fastbn._layout import Array
@@ -142,7 +143,10 @@ class BatchNorm:
         self.momentum = check_momentum(rules.momentum if momentum is ... else momentum)
         if self.momentum is None and convention != "torch":
             raise ValueError(f"momentum: expected a number under the {convention} convention")
-        self.dtype = np.dtype(dtype)
+        try:
+            self.dtype = np.dtype(dtype)
+        except TypeError:
+            raise TypeError(f"dtype: expected float32 or float64, got {dtype!r}") from None
         if self.dtype not in (np.float32, np.float64):
             raise TypeError(f"dtype: expected float32 or float64, got {self.dtype}")
         weight = self.momentum
@@ -193,7 +197,7 @@ class BatchNorm:
             residual = check_like(residual, "residual", a, compute_dtype(a))
         stats: Stats
         if self.training:
-            if self._rules.needs_two and a.size == self.num_features:
+            if self._rules.needs_two and 0 < a.size == self.num_features:
                 raise ValueError(
                     "x: expected more than one value per feature in training (torch "
                     f"convention), got shape {a.shape}"
@@ -225,10 +229,11 @@ class BatchNorm:
     def _train(
         self, a: Array, out: Array | None, activation: Activation, residual: Any
     ) -> tuple[Array, Moments]:
-        x, gamma, beta = a, self.gamma, self.beta
+        gamma = per_feature_or_none(self.gamma, "gamma", self.num_features)
+        beta = per_feature_or_none(self.beta, "beta", self.num_features)
         if out is None:
             y, m = batch_norm(
-                x,
+                a,
                 gamma,
                 beta,
                 axis=self.axis,
@@ -240,12 +245,12 @@ class BatchNorm:
             return y, m
         # The statistics may be refused, and a refused batch must leave `out` (which may be x)
         # alone: update first, then normalise. Same bits as in one call.
-        check_out(out, x, compute_dtype(x))
+        check_out(out, a, compute_dtype(a))
         check_activation(activation)
-        m = moments(x, axis=self.axis)
+        m = moments(a, axis=self.axis)
         self._update(m)
         y = normalize(
-            x,
+            a,
             m,
             gamma,
             beta,
@@ -316,6 +321,8 @@ class BatchNorm:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave, or a torch layer's (tensors are read as arrays)."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected a mapping, got {type(state).__name__}")
         expected = self.state_dict()
         if set(state) != set(expected):
             raise ValueError(f"state: expected the keys {sorted(expected)}, got {sorted(state)}")
@@ -328,7 +335,10 @@ class BatchNorm:
         if (values[var] < 0).any():
             raise ValueError(f"state[{var!r}]: expected variances >= 0, got {values[var].min()}")
         if self.convention == "torch":
-            self.num_batches_tracked = int(np.asarray(state[BATCHES]))
+            batches = as_array(state[BATCHES], f"state[{BATCHES!r}]")
+            if batches.size != 1 or batches.dtype.kind not in "iu" or batches.min() < 0:
+                raise ValueError(f"state[{BATCHES!r}]: expected an integer >= 0, got {batches}")
+            self.num_batches_tracked = int(batches.item())
         if self.gamma is not None:
             self.gamma = values[gamma].astype(self.dtype)
             self.beta = values[beta].astype(self.dtype)

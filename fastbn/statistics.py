@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import zipfile
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fastbn._arguments import per_feature
+from fastbn._arguments import per_feature, real_number
 from fastbn._layout import Array
 
 if TYPE_CHECKING:
@@ -143,7 +142,7 @@ class Moments:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to an ``.npz`` file, whole or not at all: beside it first, then renamed."""
-        beside = f"{os.fspath(path)}.{os.getpid()}.tmp"
+        beside = f"{os.fspath(path)}.{os.urandom(4).hex()}.tmp"
         try:
             with open(beside, "xb") as file:
                 np.savez(file, count=self.count, mean=self.mean, m2=self.m2)
@@ -156,11 +155,12 @@ class Moments:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote; a `ValueError` for any other file."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return cls(file["count"], file["mean"], file["m2"])
-        except (ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as e:
-            raise ValueError(f"path: {os.fspath(path)} holds no Moments: {e}") from None
+        with open(path, "rb") as file:
+            try:
+                with np.load(file, allow_pickle=False) as arrays:
+                    return cls(arrays["count"], arrays["mean"], arrays["m2"])
+            except Exception as error:  # what a damaged file raises depends on where the damage is
+                raise ValueError(f"path: {os.fspath(path)} holds no Moments: {error}") from None
 
 
 NonFinite = Literal["raise", "skip", "propagate"]
@@ -173,15 +173,7 @@ def check_nonfinite(nonfinite: Any) -> NonFinite:
 
 
 def check_momentum(momentum: Any) -> float | None:
-    if momentum is None:
-        return None
-    try:
-        value = float(momentum)
-    except (TypeError, ValueError):
-        raise TypeError(f"momentum: expected a number or None, got {momentum!r}") from None
-    if not np.isfinite(value):
-        raise ValueError(f"momentum: expected a finite number or None, got {value}")
-    return value
+    return None if momentum is None else real_number(momentum, "momentum")
 
 
 class RunningMoments:
@@ -221,14 +213,14 @@ class RunningMoments:
         num_features: int,
         *,
         momentum: float | None = 0.1,
-        ddof: int = 1,
+        ddof: float = 1,
         nonfinite: NonFinite = "raise",
     ) -> None:
         if not isinstance(num_features, (int, np.integer)) or num_features < 0:
             raise ValueError(f"num_features: expected an integer >= 0, got {num_features!r}")
         self.num_features = int(num_features)
         self.momentum = check_momentum(momentum)
-        self.ddof = ddof
+        self.ddof = real_number(ddof, "ddof")
         self.nonfinite = check_nonfinite(nonfinite)
         self.mean: Array = np.zeros(self.num_features)
         self.var: Array = np.ones(self.num_features)

@@ -71,7 +71,10 @@ cdef bint same_memory_or_none(const Operand *a, const Operand *b) noexcept:
 
 
 cdef bint begin(Call *call, Operation operation, x, axis, eps, activation, int threads) except -1:
-    """Set up a call for x: its geometry, its cut, its scratch memory (freed by `end`)."""
+    """Set up a call for x: its geometry, its cut, its scratch memory, which the caller frees.
+
+    The first thing that every call does, so that there is a pointer to free.
+    """
     cdef Py_ssize_t k, at, n
     cdef Job *job = &call.job
     memset(call, 0, sizeof(Call))
@@ -284,9 +287,8 @@ def backward(dy, x, mean, var, gamma, beta, axis, eps, bint training, out, activ
     cdef Call call
     cdef Operand o
     try:
-        if not (dy is not None
-                and begin(&call, BACKWARD if training else FROZEN, x, axis, eps, activation,
-                          threads)
+        if not (begin(&call, BACKWARD if training else FROZEN, x, axis, eps, activation, threads)
+                and dy is not None
                 and statistics(&call, mean, var)
                 and per_feature(&call, gamma, 0, &call.job.gamma)
                 and per_feature(&call, beta, 1, &call.job.beta)
@@ -310,3 +312,14 @@ def backward(dy, x, mean, var, gamma, beta, axis, eps, bint training, out, activ
         return dx, dgamma, dbeta, dresidual
     finally:
         free(call.memory)
+
+
+def plan(Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, int itemsize, int threads):
+    """How a job of this shape is cut, for tests and for the curious."""
+    cdef Job job
+    memset(&job, 0, sizeof(Job))
+    job.outer, job.features, job.inner = outer, features, inner
+    cut(&job, itemsize, threads)
+    names = "rows", "fold", "rest", "chunks", "group", "groups", "threads", "own"
+    return dict(zip(names, (bool(job.rows), job.fold, job.rest, job.chunks, job.group, job.groups,
+                            job.threads, bool(job.own))))
