@@ -28,6 +28,7 @@ cdef struct Call:
     Job job
     Arrays a
     Operand x
+    int extreme
     char *memory                    # all scratch memory
     double *vectors                 # the part for converted per-feature arguments
     Operand given[VECTORS]          # those that are read where they are
@@ -111,7 +112,7 @@ cdef bint reserve(Call *call) except -1:
     cdef Job *job = &call.job
     cdef Py_ssize_t n = job.features, parameters = (n * call.x.itemsize + 63) // 64 * 64
     cdef Py_ssize_t chunks = 0 if job.operation == NORMALIZE else 2 * job.chunks
-    call.memory = <char *> malloc((chunks + VECTORS) * n * sizeof(double) + 6 * parameters)
+    call.memory = <char *> malloc((chunks + VECTORS) * n * sizeof(double) + 7 * parameters)
     if call.memory == NULL:
         raise MemoryError(f"no memory for the chunk sums of {n} features")
     job.center = call.memory
@@ -120,7 +121,9 @@ cdef bint reserve(Call *call) except -1:
     job.slope_g = call.memory + 3 * parameters
     job.slope_x = call.memory + 4 * parameters
     job.level = call.memory + 5 * parameters
-    job.part_a = <double *> (call.memory + 6 * parameters)
+    job.unit = call.memory + 6 * parameters
+    job.extreme = &call.extreme
+    job.part_a = <double *> (call.memory + 7 * parameters)
     job.part_b = job.part_a + job.chunks * n
     call.vectors = job.part_a + chunks * n
     return True

@@ -16,38 +16,53 @@ cdef inline int lead(Arrays a, const pack *tag, Py_ssize_t i, Py_ssize_t n) noex
     return <int> min(n, <Py_ssize_t> ((64 - beyond) % 64 * lanes(tag) // 64))
 
 
-cdef inline void forward_pack(Arrays a, const pack *x, Py_ssize_t i, int k,
-                              pack center, pack scale, pack shift) noexcept nogil:
-    """y = relu((x - center) * scale + shift + residual)"""
-    cdef pack value = fma(sub(load(x, i, k), center), scale, shift)
+cdef inline pack centred(Arrays a, const pack *x, Py_ssize_t i, int k, pack unit,
+                         pack center) noexcept nogil:
+    """x - mean, but for what `shift` and `level` make up; in units that the dtype can hold."""
+    cdef pack value = load(x, i, k)
+    if a.scaled:
+        value = mul(value, unit)
+    return sub(value, center)
+
+
+cdef inline pack linear(Arrays a, const pack *x, Py_ssize_t i, int k, pack unit, pack center,
+                        pack scale, pack shift) noexcept nogil:
+    """What the activation is given: (x - center) * scale + shift + residual"""
+    cdef pack value = fma(centred(a, x, i, k, unit, center), scale, shift)
     if a.residual != NULL:
         value = add(value, load(<const pack *> a.residual, i, k))
+    return value
+
+
+cdef inline void forward_pack(Arrays a, const pack *x, Py_ssize_t i, int k, pack unit, pack center,
+                              pack scale, pack shift) noexcept nogil:
+    """y = relu(linear)"""
+    cdef pack value = linear(a, x, i, k, unit, center, scale, shift)
     if a.relu:
         value = relu(value)
     put_result(a, i, k, value)
 
 
-cdef inline pack masked(Arrays a, const pack *x, Py_ssize_t i, int k,
-                        pack center, pack scale, pack shift) noexcept nogil:
+cdef inline pack masked(Arrays a, const pack *x, Py_ssize_t i, int k, pack unit, pack center,
+                        pack scale, pack shift) noexcept nogil:
     """g = dy where the activation let the value through: the forward's own arithmetic again."""
-    cdef pack g = load(<const pack *> a.dy, i, k), value
+    cdef pack g = load(<const pack *> a.dy, i, k)
     if a.relu:
-        value = fma(sub(load(x, i, k), center), scale, shift)
-        if a.residual != NULL:
-            value = add(value, load(<const pack *> a.residual, i, k))
-        g = where_positive(value, g)
+        g = where_positive(linear(a, x, i, k, unit, center, scale, shift), g)
     return g
 
 
-cdef inline void backward_pack(Arrays a, const pack *x, Py_ssize_t i, int k,
-                               pack g, pack center, pack slope_g, pack slope_x,
+cdef inline void backward_pack(Arrays a, const pack *x, Py_ssize_t i, int k, pack g, pack unit,
+                               pack center, pack slope_g, pack slope_x,
                                pack level) noexcept nogil:
     """dx = g * slope_g + ((x - center) * slope_x + level), and dresidual = g"""
     cdef pack value
     if a.frozen:
         value = mul(g, slope_g)
     else:
-        value = fma(g, slope_g, fma(sub(load(x, i, k), center), slope_x, level))
+        value = fma(g, slope_g, fma(centred(a, x, i, k, unit, center), slope_x, level))
+    if a.scaled:
+        value = mul(value, unit)
     if a.dresidual != NULL:
         store(<pack *> a.dresidual, i, k, g)
     put_result(a, i, k, value)

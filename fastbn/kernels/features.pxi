@@ -1,7 +1,7 @@
 # What is done per feature: chunk sums become moments, moments become parameters.
 
 from libc.float cimport DBL_MAX
-from libc.math cimport fabs, isfinite
+from libc.math cimport fabs, ilogb, isfinite, ldexp
 
 
 cdef inline double finite_or_zero(double value) noexcept nogil:
@@ -118,6 +118,29 @@ cdef inline d8 or_else(const double *values, Py_ssize_t f, int k, double default
     return d8_splat(default) if values == NULL else load(<d8 *> values, f, k)
 
 
+cdef d8 units(const Job *job, const pack *tag, d8 std) noexcept nogil:
+    """A power of two for each feature that brings x's deviations, and 1 / std^2, into range.
+
+    1 where the dtype holds them anyway, which is nearly always. Not so: subnormal float32 without
+    eps, whose 1 / std is no float32, or values near the largest one, whose differences are not.
+    """
+    cdef double widest = 2.0 ** 30 if pack is f16 else 2.0 ** 300
+    cdef int most = 126 if pack is f16 else 1020, k
+    cdef double s[8]
+    cdef d8 one = d8_splat(1)
+    cdef d8 inside = mul(sub(std, d8_splat(1 / widest)), sub(d8_splat(widest), std))
+    if d8_sum(where_positive(inside, one)) == 8:        # NaN counts as inside
+        return one
+    store(<d8 *> s, 0, 8, std)
+    for k in range(8):
+        if s[k] > 0 and s[k] <= DBL_MAX and not 1 / widest < s[k] < widest:
+            s[k] = ldexp(1, max(-most, min(most, -ilogb(s[k]))))
+            job.extreme[0] = True
+        else:
+            s[k] = 1
+    return load(<d8 *> s, 0, 8)
+
+
 cdef void forward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
                              Py_ssize_t f1) noexcept nogil:
     """Parameters of y = (x - mean) / sqrt(var + eps) * gamma + beta (Ioffe & Szegedy 2015).
@@ -128,16 +151,19 @@ cdef void forward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
     """
     cdef Py_ssize_t f
     cdef int k
-    cdef d8 mean, slope, residue
+    cdef d8 mean, std, unit, scale, residue
     cdef pack *center = <pack *> job.center
     for f in range(f0, f1, 8):
         k = <int> min(8, f1 - f)
-        mean = load(<d8 *> job.mean, f, k)
-        slope = over(or_else(job.gamma, f, k, 1), std_of(job, f, k))
+        std = std_of(job, f, k)
+        unit = units(job, tag, std)
+        mean = mul(load(<d8 *> job.mean, f, k), unit)
+        scale = d8_div(over(or_else(job.gamma, f, k, 1), std), unit)
         narrow(center, f, k, mean)
         residue = sub(mean, widen(center, f, k))
-        narrow(<pack *> job.scale, f, k, slope)
-        narrow(<pack *> job.shift, f, k, sub(or_else(job.beta, f, k, 0), mul(residue, slope)))
+        narrow(<pack *> job.unit, f, k, unit)
+        narrow(<pack *> job.scale, f, k, scale)
+        narrow(<pack *> job.shift, f, k, sub(or_else(job.beta, f, k, 0), mul(residue, scale)))
 
 
 cdef void backward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
@@ -149,16 +175,19 @@ cdef void backward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
     """
     cdef Py_ssize_t f
     cdef int k
-    cdef d8 std, slope, slope_x, residue, n = d8_splat(job.outer * job.inner), zero = d8_splat(0)
+    cdef d8 std, unit, slope, slope_x, residue
+    cdef d8 n = d8_splat(job.outer * job.inner), zero = d8_splat(0)
     for f in range(f0, f1, 8):
         k = <int> min(8, f1 - f)
         std = std_of(job, f, k)
-        slope = over(or_else(job.gamma, f, k, 1), std)
+        unit = widen(<pack *> job.unit, f, k)
+        slope = d8_div(over(or_else(job.gamma, f, k, 1), std), unit)
         narrow(<pack *> job.slope_g, f, k, slope)
         if job.operation == BACKWARD:
             slope = sub(zero, slope)
-            slope_x = mul(slope, over(d8_div(load(<d8 *> job.dgamma, f, k), n), std))
-            residue = sub(load(<d8 *> job.mean, f, k), widen(<pack *> job.center, f, k))
+            slope_x = over(d8_div(load(<d8 *> job.dgamma, f, k), n), mul(std, unit))
+            slope_x = mul(slope, slope_x)
+            residue = sub(mul(load(<d8 *> job.mean, f, k), unit), widen(<pack *> job.center, f, k))
             narrow(<pack *> job.slope_x, f, k, slope_x)
             narrow(<pack *> job.level, f, k,
                    sub(mul(slope, d8_div(load(<d8 *> job.dbeta, f, k), n)), mul(slope_x, residue)))

@@ -60,8 +60,11 @@ cdef struct Job:
     # sum(g (x - mean)), where g is dy masked by the activation.
     double *part_a
     double *part_b
-    # Per feature in the dtype of x: y = (x - center) * scale + shift and
-    # dx = g * slope_g + ((x - center) * slope_x + level)
+    # Per feature in the dtype of x: y = (x * unit - center) * scale + shift and
+    # dx = (g * slope_g + ((x * unit - center) * slope_x + level)) * unit. The units are powers
+    # of two, and 1 for all but extreme data; `extreme` tells whether any is not.
+    int *extreme
+    void *unit
     void *center
     void *scale
     void *shift
@@ -79,6 +82,7 @@ cdef struct Arrays:
     const void *residual    # or NULL
     bint relu
     bint frozen             # backward: dx does not depend on x
+    bint scaled             # some unit is not 1
     bint stream             # write the result past the caches
 
 

@@ -104,18 +104,18 @@ cdef void moments_planes(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t
 # --- y = (x - center) * scale + shift ------------------------------------------------------------
 
 cdef inline void forward_run(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t end,
-                             Py_ssize_t ahead, pack center, pack scale,
+                             Py_ssize_t ahead, pack unit, pack center, pack scale,
                              pack shift) noexcept nogil:
     cdef int k = lead(a, x, i, end - i)
     if k > 0:
-        forward_pack(a, x, i, k, center, scale, shift)
+        forward_pack(a, x, i, k, unit, center, scale, shift)
         i += k
     while i + lanes(x) <= end:
         fastbn_prefetch(at(x, i + ahead))
-        forward_pack(a, x, i, lanes(x), center, scale, shift)
+        forward_pack(a, x, i, lanes(x), unit, center, scale, shift)
         i += lanes(x)
     if i < end:
-        forward_pack(a, x, i, <int> (end - i), center, scale, shift)
+        forward_pack(a, x, i, <int> (end - i), unit, center, scale, shift)
 
 
 cdef inline pack parameter(const pack *values, Py_ssize_t f) noexcept nogil:
@@ -126,18 +126,20 @@ cdef void forward_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
                          Py_ssize_t g) noexcept nogil:
     cdef Block t = block_of(job, c, g)
     cdef Py_ssize_t r, f, i
+    a.scaled = job.extreme[0]
     for r in range(t.runs):
         for f in range(t.first, t.first + t.features):
             i = t.start + r * t.stride + (f - t.first) * job.inner
-            forward_run(a, x, i, i + t.length, t.ahead, parameter(<pack *> job.center, f),
+            forward_run(a, x, i, i + t.length, t.ahead, parameter(<pack *> job.unit, f),
+                        parameter(<pack *> job.center, f),
                         parameter(<pack *> job.scale, f), parameter(<pack *> job.shift, f))
 
 
 # --- Backward ------------------------------------------------------------------------------------
 
 cdef inline Lanes sum_gradients_run(Lanes s, Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t end,
-                                    Py_ssize_t ahead, double mean, pack center, pack scale,
-                                    pack shift) noexcept nogil:
+                                    Py_ssize_t ahead, double mean, pack unit, pack center,
+                                    pack scale, pack shift) noexcept nogil:
     """sum(g) and sum(g (x - mean)) of elements [i, end), added to s."""
     cdef d8 m = d8_splat(mean)
     cdef pack g, u
@@ -147,7 +149,7 @@ cdef inline Lanes sum_gradients_run(Lanes s, Arrays a, const pack *x, Py_ssize_t
         fastbn_prefetch(at(<pack *> a.dy, i + ahead))
         # Lanes beyond the end have g = 0, and add nothing.
         k = <int> min(lanes(x), end - i)
-        g = masked(a, x, i, k, center, scale, shift)
+        g = masked(a, x, i, k, unit, center, scale, shift)
         u = load(x, i, k)
         if pack is f16:
             s.a = add(s.a, f16_low(g))
@@ -167,6 +169,7 @@ cdef void gradients_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c
     cdef Block t = block_of(job, c, g)
     cdef Lanes sums[GROUP]
     cdef Py_ssize_t r, f, i, n
+    a.scaled = job.extreme[0]
     for f in range(t.features):
         sums[f] = no_sums()
     for r in range(t.runs):
@@ -175,41 +178,43 @@ cdef void gradients_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c
             i = t.start + r * t.stride + n * job.inner
             sums[n] = sum_gradients_run(
                 sums[n], a, x, i, i + t.length, t.ahead, job.mean[f],
-                parameter(<pack *> job.center, f), parameter(<pack *> job.scale, f),
-                parameter(<pack *> job.shift, f))
+                parameter(<pack *> job.unit, f), parameter(<pack *> job.center, f),
+                parameter(<pack *> job.scale, f), parameter(<pack *> job.shift, f))
     for n in range(t.features):
         job.part_a[c * job.features + t.first + n] = d8_sum(add(sums[n].a, sums[n].b))
         job.part_b[c * job.features + t.first + n] = d8_sum(add(sums[n].a2, sums[n].b2))
 
 
 cdef inline void backward_run(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t end,
-                              Py_ssize_t ahead, pack center, pack scale, pack shift,
-                              pack slope_g, pack slope_x, pack level) noexcept nogil:
+                              Py_ssize_t ahead, pack unit, pack center, pack scale,
+                              pack shift, pack slope_g, pack slope_x, pack level) noexcept nogil:
     cdef int k = lead(a, x, i, end - i)
     if k > 0:
-        backward_pack(a, x, i, k, masked(a, x, i, k, center, scale, shift), center, slope_g,
-                      slope_x, level)
+        backward_pack(a, x, i, k, masked(a, x, i, k, unit, center, scale, shift), unit, center,
+                      slope_g, slope_x, level)
         i += k
     while i + lanes(x) <= end:
         fastbn_prefetch(at(x, i + ahead))
         fastbn_prefetch(at(<pack *> a.dy, i + ahead))
-        backward_pack(a, x, i, lanes(x), masked(a, x, i, lanes(x), center, scale, shift), center,
-                      slope_g, slope_x, level)
+        backward_pack(a, x, i, lanes(x), masked(a, x, i, lanes(x), unit, center, scale, shift),
+                      unit, center, slope_g, slope_x, level)
         i += lanes(x)
     if i < end:
         k = <int> (end - i)
-        backward_pack(a, x, i, k, masked(a, x, i, k, center, scale, shift), center, slope_g,
-                      slope_x, level)
+        backward_pack(a, x, i, k, masked(a, x, i, k, unit, center, scale, shift), unit, center,
+                      slope_g, slope_x, level)
 
 
 cdef void backward_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
                           Py_ssize_t g) noexcept nogil:
     cdef Block t = block_of(job, c, g)
     cdef Py_ssize_t r, f, i
+    a.scaled = job.extreme[0]
     for r in range(t.runs):
         for f in range(t.first, t.first + t.features):
             i = t.start + r * t.stride + (f - t.first) * job.inner
-            backward_run(a, x, i, i + t.length, t.ahead, parameter(<pack *> job.center, f),
+            backward_run(a, x, i, i + t.length, t.ahead, parameter(<pack *> job.unit, f),
+                         parameter(<pack *> job.center, f),
                          parameter(<pack *> job.scale, f), parameter(<pack *> job.shift, f),
                          parameter(<pack *> job.slope_g, f), parameter(<pack *> job.slope_x, f),
                          parameter(<pack *> job.level, f))

@@ -140,6 +140,7 @@ cdef void moments_rows(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t g
 # --- Parameters by column ------------------------------------------------------------------------
 
 cdef struct Columns:
+    void *unit              # or NULL where every unit is 1
     void *center
     void *scale
     void *shift
@@ -159,12 +160,19 @@ cdef inline void *by_column(const Job *job, Tile t, const pack *values,
 
 cdef inline Columns forward_columns(const Job *job, const pack *tag, Tile t,
                                     double *buffer) noexcept nogil:
-    """Those of the forward; `buffer` has room for 3 * TILE."""
+    """Those of the forward; `buffer` has room for 4 * TILE."""
     cdef Columns p
+    p.unit = NULL
+    if job.extreme[0]:
+        p.unit = by_column(job, t, <pack *> job.unit, buffer + 3 * TILE)
     p.center = by_column(job, t, <pack *> job.center, buffer)
     p.scale = by_column(job, t, <pack *> job.scale, buffer + TILE)
     p.shift = by_column(job, t, <pack *> job.shift, buffer + 2 * TILE)
     return p
+
+
+cdef inline pack unit_at(const pack *tag, Py_ssize_t j, int k, Columns p) noexcept nogil:
+    return splat(tag, 1) if p.unit == NULL else load(<pack *> p.unit, j, k)
 
 
 # --- y = (x - center) * scale + shift ------------------------------------------------------------
@@ -172,16 +180,17 @@ cdef inline Columns forward_columns(const Job *job, const pack *tag, Tile t,
 
 cdef inline void forward_at(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t j, int k,
                             Columns p) noexcept nogil:
-    forward_pack(a, x, i + j, k, load(<pack *> p.center, j, k), load(<pack *> p.scale, j, k),
-                 load(<pack *> p.shift, j, k))
+    forward_pack(a, x, i + j, k, unit_at(x, j, k, p), load(<pack *> p.center, j, k),
+                 load(<pack *> p.scale, j, k), load(<pack *> p.shift, j, k))
 
 
 cdef void forward_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
                        Py_ssize_t g) noexcept nogil:
     cdef Tile t = tile_of(job, c, g)
-    cdef double buffer[3 * TILE]
+    cdef double buffer[4 * TILE]
     cdef Columns p = forward_columns(job, x, t, buffer)
     cdef Py_ssize_t r, i, j, columns
+    a.scaled = p.unit != NULL
     for r in range(t.rows + (t.rest > 0)):
         i = t.start + r * job.width
         columns = t.columns if r < t.rows else t.rest
@@ -199,8 +208,8 @@ cdef void forward_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
 
 cdef inline pack masked_at(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t j, int k,
                            Columns p) noexcept nogil:
-    return masked(a, x, i, k, load(<pack *> p.center, j, k), load(<pack *> p.scale, j, k),
-                  load(<pack *> p.shift, j, k))
+    return masked(a, x, i, k, unit_at(x, j, k, p), load(<pack *> p.center, j, k),
+                  load(<pack *> p.scale, j, k), load(<pack *> p.shift, j, k))
 
 
 cdef inline void sum_gradients(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t stride, int rows,
@@ -239,10 +248,11 @@ cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
     cdef double sum_g[TILE + PAD]
     cdef double sum_gx[TILE + PAD]
     cdef double mean[TILE + PAD]
-    cdef double buffer[3 * TILE]
+    cdef double buffer[4 * TILE]
     cdef Columns p = forward_columns(job, x, t, buffer)
     cdef Py_ssize_t r = 0, i, j, columns
     cdef int rows
+    a.scaled = p.unit != NULL
     memset(sum_g, 0, (t.columns + PAD) * sizeof(double))
     memset(sum_gx, 0, (t.columns + PAD) * sizeof(double))
     memset(mean + t.columns, 0, PAD * sizeof(double))
@@ -271,20 +281,21 @@ cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
 
 cdef inline void backward_at(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t j, int k,
                              Columns p) noexcept nogil:
-    backward_pack(a, x, i + j, k, masked_at(a, x, i + j, j, k, p), load(<pack *> p.center, j, k),
-                  load(<pack *> p.slope_g, j, k), load(<pack *> p.slope_x, j, k),
-                  load(<pack *> p.level, j, k))
+    backward_pack(a, x, i + j, k, masked_at(a, x, i + j, j, k, p), unit_at(x, j, k, p),
+                  load(<pack *> p.center, j, k), load(<pack *> p.slope_g, j, k),
+                  load(<pack *> p.slope_x, j, k), load(<pack *> p.level, j, k))
 
 
 cdef void backward_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
                         Py_ssize_t g) noexcept nogil:
     cdef Tile t = tile_of(job, c, g)
-    cdef double buffer[6 * TILE]
+    cdef double buffer[7 * TILE]
     cdef Columns p = forward_columns(job, x, t, buffer)
     cdef Py_ssize_t r, i, j, columns
-    p.slope_g = by_column(job, t, <pack *> job.slope_g, buffer + 3 * TILE)
-    p.slope_x = by_column(job, t, <pack *> job.slope_x, buffer + 4 * TILE)
-    p.level = by_column(job, t, <pack *> job.level, buffer + 5 * TILE)
+    a.scaled = p.unit != NULL
+    p.slope_g = by_column(job, t, <pack *> job.slope_g, buffer + 4 * TILE)
+    p.slope_x = by_column(job, t, <pack *> job.slope_x, buffer + 5 * TILE)
+    p.level = by_column(job, t, <pack *> job.level, buffer + 6 * TILE)
     for r in range(t.rows + (t.rest > 0)):
         i = t.start + r * job.width
         columns = t.columns if r < t.rows else t.rest
