@@ -20,7 +20,7 @@ def _by_feature(x: Any, axis: int) -> Array:
     a: Array = np.asarray(x, np.float64)
     if a.ndim == 1:
         return a[np.newaxis]
-    a = np.moveaxis(a, axis, 0)
+    a = np.ascontiguousarray(np.moveaxis(a, axis, 0))
     return a.reshape(a.shape[0], a[0].size if len(a) else 0)
 
 
@@ -48,10 +48,13 @@ def _mean_and_std(stats: Any, eps: float) -> tuple[Array, Array]:
 def moments(x: Any, *, axis: int = 1) -> Moments:
     rows = _by_feature(x, axis)
     n = rows.shape[1]
-    mean = rows.sum(axis=1) / n if n else np.full(len(rows), np.nan)
-    mean += (rows - mean[:, np.newaxis]).sum(axis=1) / max(n, 1)  # what rounding left behind
-    m2 = ((rows - mean[:, np.newaxis]) ** 2).sum(axis=1)
-    return Moments(np.full(len(rows), n), mean, m2)
+    if n == 0:
+        return Moments(np.zeros(len(rows)), np.full(len(rows), np.nan), np.zeros(len(rows)))
+    first = np.where(np.isfinite(rows[:, :1]), rows[:, :1], 0)
+    deviations = rows - first  # so that a large mean costs no digits
+    mean = deviations.sum(axis=1, keepdims=True) / n
+    m2 = ((deviations - mean) ** 2).sum(axis=1)
+    return Moments(np.full(len(rows), n), (first + mean)[:, 0], m2)
 
 
 def normalize(

@@ -16,6 +16,19 @@ cdef inline int lead(Arrays a, const pack *tag, Py_ssize_t i, Py_ssize_t n) noex
     return <int> min(n, <Py_ssize_t> ((64 - beyond) % 64 * lanes(tag) // 64))
 
 
+cdef inline bint plain(Arrays a) noexcept nogil:
+    """Whether the arithmetic is the bare formula."""
+    return not (a.relu or a.scaled or a.residual != NULL or a.dresidual != NULL)
+
+
+cdef inline Arrays bare(Arrays a, bint streamed) noexcept nogil:
+    """The same where `plain`, said so that the compiler leaves no test of it in a loop."""
+    a.relu = a.scaled = False
+    a.residual = a.dresidual = NULL
+    a.stream = streamed
+    return a
+
+
 cdef inline pack centred(Arrays a, const pack *x, Py_ssize_t i, int k, pack unit,
                          pack center) noexcept nogil:
     """x - mean, but for what `shift` and `level` make up; in units that the dtype can hold."""

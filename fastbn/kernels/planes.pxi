@@ -122,17 +122,26 @@ cdef inline pack parameter(const pack *values, Py_ssize_t f) noexcept nogil:
     return splat(values, element(values, f))
 
 
-cdef void forward_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
-                         Py_ssize_t g) noexcept nogil:
-    cdef Block t = block_of(job, c, g)
+cdef inline void forward_block(const Job *job, Arrays a, const pack *x, Block t) noexcept nogil:
     cdef Py_ssize_t r, f, i
-    a.scaled = job.extreme[0]
     for r in range(t.runs):
         for f in range(t.first, t.first + t.features):
             i = t.start + r * t.stride + (f - t.first) * job.inner
             forward_run(a, x, i, i + t.length, t.ahead, parameter(<pack *> job.unit, f),
-                        parameter(<pack *> job.center, f),
-                        parameter(<pack *> job.scale, f), parameter(<pack *> job.shift, f))
+                        parameter(<pack *> job.center, f), parameter(<pack *> job.scale, f),
+                        parameter(<pack *> job.shift, f))
+
+
+cdef void forward_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
+                         Py_ssize_t g) noexcept nogil:
+    cdef Block t = block_of(job, c, g)
+    a.scaled = job.extreme[0]
+    if not plain(a):
+        forward_block(job, a, x, t)
+    elif a.stream:
+        forward_block(job, bare(a, True), x, t)
+    else:
+        forward_block(job, bare(a, False), x, t)
 
 
 # --- Backward ------------------------------------------------------------------------------------
@@ -143,7 +152,18 @@ cdef inline Lanes sum_gradients_run(Lanes s, Arrays a, const pack *x, Py_ssize_t
     """sum(g) and sum(g (x - mean)) of elements [i, end), added to s."""
     cdef d8 m = d8_splat(mean)
     cdef pack g, u
+    cdef d8 v
     cdef int k
+    while not a.relu and i + 16 <= end:
+        fastbn_prefetch(at(x, i + ahead))
+        fastbn_prefetch(at(<pack *> a.dy, i + ahead))
+        v = widen(<pack *> a.dy, i, 8)
+        s.a = add(s.a, v)
+        s.a2 = fma(v, sub(widen(x, i, 8), m), s.a2)
+        v = widen(<pack *> a.dy, i + 8, 8)
+        s.b = add(s.b, v)
+        s.b2 = fma(v, sub(widen(x, i + 8, 8), m), s.b2)
+        i += 16
     while i < end:
         fastbn_prefetch(at(x, i + ahead))
         fastbn_prefetch(at(<pack *> a.dy, i + ahead))
@@ -205,16 +225,24 @@ cdef inline void backward_run(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t 
                       slope_g, slope_x, level)
 
 
-cdef void backward_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
-                          Py_ssize_t g) noexcept nogil:
-    cdef Block t = block_of(job, c, g)
+cdef inline void backward_block(const Job *job, Arrays a, const pack *x, Block t) noexcept nogil:
     cdef Py_ssize_t r, f, i
-    a.scaled = job.extreme[0]
     for r in range(t.runs):
         for f in range(t.first, t.first + t.features):
             i = t.start + r * t.stride + (f - t.first) * job.inner
             backward_run(a, x, i, i + t.length, t.ahead, parameter(<pack *> job.unit, f),
-                         parameter(<pack *> job.center, f),
-                         parameter(<pack *> job.scale, f), parameter(<pack *> job.shift, f),
-                         parameter(<pack *> job.slope_g, f), parameter(<pack *> job.slope_x, f),
-                         parameter(<pack *> job.level, f))
+                         parameter(<pack *> job.center, f), parameter(<pack *> job.scale, f),
+                         parameter(<pack *> job.shift, f), parameter(<pack *> job.slope_g, f),
+                         parameter(<pack *> job.slope_x, f), parameter(<pack *> job.level, f))
+
+
+cdef void backward_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
+                          Py_ssize_t g) noexcept nogil:
+    cdef Block t = block_of(job, c, g)
+    a.scaled = job.extreme[0]
+    if not plain(a):
+        backward_block(job, a, x, t)
+    elif a.stream:
+        backward_block(job, bare(a, True), x, t)
+    else:
+        backward_block(job, bare(a, False), x, t)

@@ -178,10 +178,38 @@ cdef inline pack unit_at(const pack *tag, Py_ssize_t j, int k, Columns p) noexce
 # --- y = (x - center) * scale + shift ------------------------------------------------------------
 # A row at a time: the parameters come from L1, and memory sees one stream in and one out.
 
-cdef inline void forward_at(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t j, int k,
-                            Columns p) noexcept nogil:
-    forward_pack(a, x, i + j, k, unit_at(x, j, k, p), load(<pack *> p.center, j, k),
-                 load(<pack *> p.scale, j, k), load(<pack *> p.shift, j, k))
+cdef inline void forward_at(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t stride, int rows,
+                            Py_ssize_t j, int k, Columns p) noexcept nogil:
+    cdef pack unit = unit_at(x, j, k, p), center = load(<pack *> p.center, j, k)
+    cdef pack scale = load(<pack *> p.scale, j, k), shift = load(<pack *> p.shift, j, k)
+    cdef int r
+    for r in range(rows):
+        forward_pack(a, x, i + r * stride + j, k, unit, center, scale, shift)
+
+
+cdef inline void forward_span(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t stride, int rows,
+                              Py_ssize_t columns, Columns p) noexcept nogil:
+    cdef Py_ssize_t j = lead(a, x, i, columns)
+    if j > 0:
+        forward_at(a, x, i, stride, rows, 0, <int> j, p)
+    while j + lanes(x) <= columns:
+        forward_at(a, x, i, stride, rows, j, lanes(x), p)
+        j += lanes(x)
+    if j < columns:
+        forward_at(a, x, i, stride, rows, j, <int> (columns - j), p)
+
+
+cdef inline void forward_tile(Arrays a, const pack *x, Tile t, Py_ssize_t stride, int rows,
+                              Columns p) noexcept nogil:
+    cdef Py_ssize_t r = 0
+    while r + rows <= t.rows:
+        forward_span(a, x, t.start + r * stride, stride, rows, t.columns, p)
+        r += rows
+    while r < t.rows:
+        forward_span(a, x, t.start + r * stride, stride, 1, t.columns, p)
+        r += 1
+    if t.rest:
+        forward_span(a, x, t.start + r * stride, stride, 1, t.rest, p)
 
 
 cdef void forward_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
@@ -189,22 +217,31 @@ cdef void forward_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
     cdef Tile t = tile_of(job, c, g)
     cdef double buffer[4 * TILE]
     cdef Columns p = forward_columns(job, x, t, buffer)
-    cdef Py_ssize_t r, i, j, columns
     a.scaled = p.unit != NULL
-    for r in range(t.rows + (t.rest > 0)):
-        i = t.start + r * job.width
-        columns = t.columns if r < t.rows else t.rest
-        j = lead(a, x, i, columns)
-        if j > 0:
-            forward_at(a, x, i, 0, <int> j, p)
-        while j + lanes(x) <= columns:
-            forward_at(a, x, i, j, lanes(x), p)
-            j += lanes(x)
-        if j < columns:
-            forward_at(a, x, i, j, <int> (columns - j), p)
+    if not plain(a):
+        forward_tile(a, x, t, job.width, 1, p)
+    elif a.stream:
+        forward_tile(bare(a, True), x, t, job.width, 1, p)
+    else:
+        forward_tile(bare(a, False), x, t, job.width, 2, p)
 
 
 # --- Backward ------------------------------------------------------------------------------------
+
+cdef inline void sum_gradients(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t stride, int rows,
+                               Py_ssize_t j, int k, double *sum_g, double *sum_gx,
+                               const double *mean) noexcept nogil:
+    """sum_g += dy and sum_gx += dy (x - mean) over `rows` rows of columns [j, j + k)."""
+    cdef d8 ga = load(<d8 *> sum_g, j, 8), xa = load(<d8 *> sum_gx, j, 8)
+    cdef d8 m = load(<d8 *> mean, j, 8), g
+    cdef int r
+    for r in range(rows):
+        g = widen(<pack *> a.dy, i + r * stride + j, k)
+        ga = add(ga, g)
+        xa = fma(g, sub(widen(x, i + r * stride + j, k), m), xa)
+    store(<d8 *> sum_g, j, 8, ga)
+    store(<d8 *> sum_gx, j, 8, xa)
+
 
 cdef inline pack masked_at(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t j, int k,
                            Columns p) noexcept nogil:
@@ -212,33 +249,39 @@ cdef inline pack masked_at(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t j, 
                   load(<pack *> p.scale, j, k), load(<pack *> p.shift, j, k))
 
 
-cdef inline void sum_gradients(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t stride, int rows,
-                               Py_ssize_t j, int k, double *sum_g, double *sum_gx,
-                               const double *mean, Columns p) noexcept nogil:
-    """sum_g += g and sum_gx += g (x - mean) over `rows` rows of columns [j, j + k)."""
-    cdef pack g, u
-    cdef d8 ga = load(<d8 *> sum_g, j, 8), xa = load(<d8 *> sum_gx, j, 8)
-    cdef d8 ma = load(<d8 *> mean, j, 8), gb, xb, mb
-    cdef int r
+cdef inline void sum_masked_gradients(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t j, int k,
+                                      double *sum_g, double *sum_gx, const double *mean,
+                                      Columns p) noexcept nogil:
+    """The same for one row, with dy masked by the activation; k may be a whole pack."""
+    cdef pack g = masked_at(a, x, i + j, j, k, p), u = load(x, i + j, k)
     if pack is f16:
-        gb, xb = load(<d8 *> sum_g, j + 8, 8), load(<d8 *> sum_gx, j + 8, 8)
-        mb = load(<d8 *> mean, j + 8, 8)
-    for r in range(rows):
-        g = masked_at(a, x, i + r * stride + j, j, k, p)
-        u = load(x, i + r * stride + j, k)
-        if pack is f16:
-            ga = add(ga, f16_low(g))
-            gb = add(gb, f16_high(g))
-            xa = fma(f16_low(g), sub(f16_low(u), ma), xa)
-            xb = fma(f16_high(g), sub(f16_high(u), mb), xb)
-        else:
-            ga = add(ga, g)
-            xa = fma(g, sub(u, ma), xa)
-    store(<d8 *> sum_g, j, 8, ga)
-    store(<d8 *> sum_gx, j, 8, xa)
-    if pack is f16:
-        store(<d8 *> sum_g, j + 8, 8, gb)
-        store(<d8 *> sum_gx, j + 8, 8, xb)
+        accumulate(sum_g, sum_gx, mean, j, f16_low(g), f16_low(u))
+        accumulate(sum_g, sum_gx, mean, j + 8, f16_high(g), f16_high(u))
+    else:
+        accumulate(sum_g, sum_gx, mean, j, g, u)
+
+
+cdef inline void accumulate(double *sum_g, double *sum_gx, const double *mean, Py_ssize_t j,
+                            d8 g, d8 x) noexcept nogil:
+    store(<d8 *> sum_g, j, 8, add(load(<d8 *> sum_g, j, 8), g))
+    store(<d8 *> sum_gx, j, 8,
+          fma(g, sub(x, load(<d8 *> mean, j, 8)), load(<d8 *> sum_gx, j, 8)))
+
+
+cdef inline void gradients_span(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t stride, int rows,
+                                Py_ssize_t columns, double *sum_g, double *sum_gx,
+                                const double *mean) noexcept nogil:
+    cdef Py_ssize_t j = 0
+    while j + 16 <= columns:
+        if rows == ROWS:
+            prefetch_rows(at(x, i), stride, ROWS * stride + j)
+            prefetch_rows(at(<pack *> a.dy, i), stride, ROWS * stride + j)
+        sum_gradients(a, x, i, stride, rows, j, 8, sum_g, sum_gx, mean)
+        sum_gradients(a, x, i, stride, rows, j + 8, 8, sum_g, sum_gx, mean)
+        j += 16
+    while j < columns:
+        sum_gradients(a, x, i, stride, rows, j, <int> min(8, columns - j), sum_g, sum_gx, mean)
+        j += 8
 
 
 cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
@@ -251,7 +294,6 @@ cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
     cdef double buffer[4 * TILE]
     cdef Columns p = forward_columns(job, x, t, buffer)
     cdef Py_ssize_t r = 0, i, j, columns
-    cdef int rows
     a.scaled = p.unit != NULL
     memset(sum_g, 0, (t.columns + PAD) * sizeof(double))
     memset(sum_gx, 0, (t.columns + PAD) * sizeof(double))
@@ -260,30 +302,60 @@ cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
     while r < t.rows + (t.rest > 0):
         i = t.start + r * job.width
         columns = t.columns if r < t.rows else t.rest
-        rows = ROWS if r + ROWS <= t.rows else 1
-        j = 0
-        if rows == ROWS:
+        if a.relu:
+            j = 0
             while j + lanes(x) <= columns:
-                prefetch_rows(at(<pack *> a.dy, i), job.width, ROWS * job.width + j)
-                prefetch_rows(at(x, i), job.width, ROWS * job.width + j)
-                sum_gradients(a, x, i, job.width, ROWS, j, lanes(x), sum_g, sum_gx, mean, p)
+                sum_masked_gradients(a, x, i, j, lanes(x), sum_g, sum_gx, mean, p)
                 j += lanes(x)
-        while j < columns:
-            sum_gradients(a, x, i, job.width, rows, j, <int> min(lanes(x), columns - j),
-                          sum_g, sum_gx, mean, p)
-            j += lanes(x)
-        r += rows
+            if j < columns:
+                sum_masked_gradients(a, x, i, j, <int> (columns - j), sum_g, sum_gx, mean, p)
+            r += 1
+        elif r + ROWS <= t.rows:
+            gradients_span(a, x, i, job.width, ROWS, columns, sum_g, sum_gx, mean)
+            r += ROWS
+        else:
+            gradients_span(a, x, i, job.width, 1, columns, sum_g, sum_gx, mean)
+            r += 1
     gather(sum_g, t.features, job.inner, job.fold)
     gather(sum_gx, t.features, job.inner, job.fold)
     memcpy(job.part_a + c * job.features + t.first, sum_g, t.features * sizeof(double))
     memcpy(job.part_b + c * job.features + t.first, sum_gx, t.features * sizeof(double))
 
 
-cdef inline void backward_at(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t j, int k,
-                             Columns p) noexcept nogil:
-    backward_pack(a, x, i + j, k, masked_at(a, x, i + j, j, k, p), unit_at(x, j, k, p),
-                  load(<pack *> p.center, j, k), load(<pack *> p.slope_g, j, k),
-                  load(<pack *> p.slope_x, j, k), load(<pack *> p.level, j, k))
+cdef inline void backward_at(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t stride, int rows,
+                             Py_ssize_t j, int k, Columns p) noexcept nogil:
+    cdef pack unit = unit_at(x, j, k, p), center = load(<pack *> p.center, j, k)
+    cdef pack slope_g = load(<pack *> p.slope_g, j, k), slope_x = load(<pack *> p.slope_x, j, k)
+    cdef pack level = load(<pack *> p.level, j, k)
+    cdef int r
+    for r in range(rows):
+        backward_pack(a, x, i + r * stride + j, k, masked_at(a, x, i + r * stride + j, j, k, p),
+                      unit, center, slope_g, slope_x, level)
+
+
+cdef inline void backward_span(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t stride, int rows,
+                               Py_ssize_t columns, Columns p) noexcept nogil:
+    cdef Py_ssize_t j = lead(a, x, i, columns)
+    if j > 0:
+        backward_at(a, x, i, stride, rows, 0, <int> j, p)
+    while j + lanes(x) <= columns:
+        backward_at(a, x, i, stride, rows, j, lanes(x), p)
+        j += lanes(x)
+    if j < columns:
+        backward_at(a, x, i, stride, rows, j, <int> (columns - j), p)
+
+
+cdef inline void backward_tile(Arrays a, const pack *x, Tile t, Py_ssize_t stride, int rows,
+                               Columns p) noexcept nogil:
+    cdef Py_ssize_t r = 0
+    while r + rows <= t.rows:
+        backward_span(a, x, t.start + r * stride, stride, rows, t.columns, p)
+        r += rows
+    while r < t.rows:
+        backward_span(a, x, t.start + r * stride, stride, 1, t.columns, p)
+        r += 1
+    if t.rest:
+        backward_span(a, x, t.start + r * stride, stride, 1, t.rest, p)
 
 
 cdef void backward_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
@@ -291,19 +363,13 @@ cdef void backward_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
     cdef Tile t = tile_of(job, c, g)
     cdef double buffer[7 * TILE]
     cdef Columns p = forward_columns(job, x, t, buffer)
-    cdef Py_ssize_t r, i, j, columns
     a.scaled = p.unit != NULL
     p.slope_g = by_column(job, t, <pack *> job.slope_g, buffer + 4 * TILE)
     p.slope_x = by_column(job, t, <pack *> job.slope_x, buffer + 5 * TILE)
     p.level = by_column(job, t, <pack *> job.level, buffer + 6 * TILE)
-    for r in range(t.rows + (t.rest > 0)):
-        i = t.start + r * job.width
-        columns = t.columns if r < t.rows else t.rest
-        j = lead(a, x, i, columns)
-        if j > 0:
-            backward_at(a, x, i, 0, <int> j, p)
-        while j + lanes(x) <= columns:
-            backward_at(a, x, i, j, lanes(x), p)
-            j += lanes(x)
-        if j < columns:
-            backward_at(a, x, i, j, <int> (columns - j), p)
+    if not plain(a):
+        backward_tile(a, x, t, job.width, 1, p)
+    elif a.stream:
+        backward_tile(bare(a, True), x, t, job.width, 1, p)
+    else:
+        backward_tile(bare(a, False), x, t, job.width, 2, p)
