@@ -26,7 +26,7 @@ class Layout(NamedTuple):
 
     def view(self, a: Array) -> Array | None:
         """`a` as (outer, features, inner) without a copy, None if it lies in another order."""
-        t = a.transpose(self.order)
+        t = np.asarray(a).transpose(self.order)  # a plain array, of a subclass too
         if not t.flags.c_contiguous or not t.flags.aligned:
             return None
         return t.reshape(self.shape)

@@ -95,6 +95,7 @@ def moments(
             return _no_data(features_of(a, axis))
         x3 = layout_of(a, axis).dense(a, compute_dtype(a))
         table = _runtime.kernels.moments(x3, 1, threads)
+        assert table is not None
     return Moments._wrap(table)
 
 
@@ -159,7 +160,7 @@ def normalize(
     if c.x.size == 0:
         return np.empty(c.x.shape, c.dtype) if c.out is None else c.out
     target = c.target(mean, var)
-    _runtime.kernels.normalize(
+    y = _runtime.kernels.normalize(
         c.dense(c.x),
         mean,
         var,
@@ -172,6 +173,7 @@ def normalize(
         c.dense(c.residual),
         threads,
     )
+    assert y is not None
     return target.result()
 
 

@@ -2,15 +2,18 @@
 # anything is written; functional.py then checks and rearranges them, and calls again. So small
 # arrays pay for one compiled look at their arguments, and every odd case is handled in Python.
 #
-# Ordinary: NumPy arrays, C-contiguous, of native float32 or float64, at most MAX_DIMS dimensions
-# and not empty; arrays of x's shape have x's dtype; a result shares memory with another array
-# either exactly or not at all; arrays per feature have shape (features,); axis is an int in
-# range, eps a float >= 0.
+# Ordinary: NumPy arrays of native float32 or float64, dense (C order or a transposition of it), at
+# most MAX_DIMS dimensions and not empty; arrays of x's shape have x's dtype and strides; a result
+# shares memory with another array either exactly or not at all; arrays per feature have shape
+# (features,) and no gaps; axis is an int in range, eps a float >= 0.
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdlib cimport free, malloc
 
-from numpy import empty as new_array, ndarray as Array
+from numpy import empty as new_array, empty_like as new_like, ndarray as Array
+
+cdef extern from "Python.h":
+    const Py_ssize_t PY_SSIZE_T_MAX
 
 cdef enum:
     MAX_DIMS = 8
@@ -20,6 +23,7 @@ cdef struct Operand:
     char *data
     Py_ssize_t size                 # elements
     Py_ssize_t shape[MAX_DIMS]
+    Py_ssize_t strides[MAX_DIMS]
     int ndim
     int itemsize
     bint readonly
@@ -54,13 +58,47 @@ cdef bint read(object array, Operand *o) except -1:
     cdef bint ordinary = (view.ndim <= MAX_DIMS and view.format[1] == 0
                           and (view.format[0] == c"f" or view.format[0] == c"d"))
     if ordinary:
-        for k in range(view.ndim - 1, -1, -1):
-            stride = o.size * view.itemsize
-            ordinary = ordinary and (view.strides[k] == stride or view.shape[k] == 1)
+        for k in range(view.ndim):
             o.shape[k] = view.shape[k]
+            o.strides[k] = view.strides[k]
             o.size *= view.shape[k]
     PyBuffer_Release(&view)
     return ordinary and o.size > 0
+
+
+cdef inline Py_ssize_t width(const Operand *o, int k) noexcept:
+    """An axis's stride. One of length 1 lies anywhere: by the widest stride it splits no run."""
+    return PY_SSIZE_T_MAX if o.shape[k] == 1 else o.strides[k]
+
+
+cdef bint dense(const Operand *o, int *order) noexcept:
+    """Whether an array has no gaps; `order` <- its axes from the widest stride to the narrowest."""
+    cdef Py_ssize_t expected = o.itemsize
+    cdef int k, at
+    for k in range(o.ndim):
+        at = k
+        while at > 0 and width(o, order[at - 1]) < width(o, k):
+            order[at] = order[at - 1]
+            at -= 1
+        order[at] = k
+    for k in range(o.ndim - 1, -1, -1):
+        if o.shape[order[k]] != 1:
+            if o.strides[order[k]] != expected:
+                return False
+            expected *= o.shape[order[k]]
+    return True
+
+
+cdef bint contiguous(const Operand *o) noexcept:
+    """Whether an array is dense in C order."""
+    cdef int order[MAX_DIMS]
+    cdef int k
+    if not dense(o, order):
+        return False
+    for k in range(1, o.ndim):
+        if o.shape[k] != 1 and o.shape[k - 1] != 1 and o.strides[k] > o.strides[k - 1]:
+            return False
+    return True
 
 
 cdef bint apart(const Operand *a, const Operand *b) noexcept:
@@ -76,7 +114,10 @@ cdef bint begin(Call *call, Operation operation, x, axis, eps, activation, int t
 
     The first thing that every call does, so that there is a pointer to free.
     """
-    cdef Py_ssize_t k, at, n
+    cdef Py_ssize_t feature_axis
+    cdef int order[MAX_DIMS]
+    cdef int k
+    cdef bint before = True
     cdef Job *job = &call.job
     memset(call, 0, sizeof(Call))
     if not read(x, &call.x) or type(axis) is not int or type(eps) is not float:
@@ -86,22 +127,28 @@ cdef bint begin(Call *call, Operation operation, x, axis, eps, activation, int t
     # One dimension is N samples of one feature, for any axis that two dimensions could have.
     if not 0 <= eps <= DBL_MAX or not -call.x.ndim <= axis < max(call.x.ndim, 2):
         return False
+    if not dense(&call.x, order):
+        return False
     job.operation = operation
     job.eps = eps
     call.a.x = call.x.data
     call.a.relu = activation is not None
-    at = axis
-    if at < 0:
-        at += call.x.ndim
+    feature_axis = axis
+    if feature_axis < 0:
+        feature_axis += call.x.ndim
     job.outer = job.features = job.inner = 1
-    if call.x.ndim == 1 or call.x.shape[at] == 1:
+    if call.x.ndim == 1 or call.x.shape[feature_axis] == 1:
         job.inner = call.x.size
     else:
-        for k in range(at):
-            job.outer *= call.x.shape[k]
-        job.features = call.x.shape[at]
-        for k in range(at + 1, call.x.ndim):
-            job.inner *= call.x.shape[k]
+        # In the order of memory: samples may be taken in any.
+        for k in range(call.x.ndim):
+            if order[k] == feature_axis:
+                job.features = call.x.shape[feature_axis]
+                before = False
+            elif before:
+                job.outer *= call.x.shape[order[k]]
+            else:
+                job.inner *= call.x.shape[order[k]]
     job.n = job.outer * job.inner
     cut(job, call.x.itemsize, threads)
     return reserve(call)
@@ -130,7 +177,7 @@ cdef bint reserve(Call *call) except -1:
 
 
 cdef bint like_x(Call *call, object array, const void **where) except -1:
-    """Take an array of x's shape and dtype, or None for none."""
+    """Take an array of x's shape, dtype and strides, or None for none."""
     cdef Operand o
     cdef int k
     if array is None:
@@ -138,7 +185,7 @@ cdef bint like_x(Call *call, object array, const void **where) except -1:
     if not read(array, &o) or o.itemsize != call.x.itemsize or o.ndim != call.x.ndim:
         return False
     for k in range(o.ndim):
-        if o.shape[k] != call.x.shape[k]:
+        if o.shape[k] != call.x.shape[k] or width(&o, k) != width(&call.x, k):
             return False
     where[0] = o.data
     return True
@@ -154,9 +201,8 @@ cdef object result(Call *call, object x, object out, const void *in1, const void
     cdef const void *inputs[3]
     cdef int k
     if out is None:
-        out = new_array(x.shape, x.dtype)
-        read(out, &o)
-        call.a.y = o.data
+        out = new_like(x)                       # in x's memory order
+        like_x(call, out, <const void **> &call.a.y)
         return out
     if not read(out, &o) or o.readonly or not like_x(call, out, <const void **> &call.a.y):
         return None
@@ -178,7 +224,8 @@ cdef bint per_feature(Call *call, object array, int slot, const double **where) 
     cdef double *vector = call.vectors + slot * call.job.features
     if array is None:
         return True
-    if not read(array, o) or o.ndim != 1 or o.size != call.job.features:
+    if (not read(array, o) or o.ndim != 1 or o.size != call.job.features
+            or not contiguous(o)):
         return False
     where[0] = <double *> o.data
     if o.itemsize == 4:
@@ -200,7 +247,8 @@ cdef bint statistics(Call *call, object mean, object var) except -1:
         for f in range(n):
             negative += call.job.m2[f] < 0
         return negative == 0
-    if not read(mean, &o) or o.ndim != 2 or o.itemsize != 8 or o.shape[0] != 3 or o.shape[1] != n:
+    if (not read(mean, &o) or o.ndim != 2 or o.itemsize != 8 or o.shape[0] != 3
+            or o.shape[1] != n or not contiguous(&o)):
         return False
     call.job.count = <double *> o.data
     call.job.mean = <double *> o.data + n
@@ -303,7 +351,7 @@ def backward(dy, x, mean, var, gamma, beta, axis, eps, bint training, out, activ
             return None
         dresidual = None
         if residual is not None:
-            dresidual = new_array(x.shape, x.dtype)
+            dresidual = new_like(x)
             like_x(&call, dresidual, <const void **> &call.a.dresidual)
         call.a.frozen = not training
         dgamma, dbeta = new_array(call.job.features), new_array(call.job.features)
