@@ -34,10 +34,9 @@ def given(stats: Any) -> tuple[Any, Any]:
 def mean_and_var(stats: Stats, features: int) -> tuple[Array, Array]:
     """The mean and variance to normalise with, from what a caller may give."""
     if isinstance(stats, (Moments, RunningMoments)):
-        mean, var = stats.mean, stats.var
-        if mean.shape != (features,):
-            raise ValueError(f"stats: expected {features} features, got {len(mean)}")
-        return mean, var
+        if stats.mean.shape != (features,):
+            raise ValueError(f"stats: expected {features} features, got {len(stats.mean)}")
+        stats = stats.mean, stats.var
     if not isinstance(stats, tuple) or len(stats) != 2:
         raise TypeError(
             "stats: expected Moments, RunningMoments or a (mean, var) tuple, got "
@@ -58,6 +57,7 @@ class Checked(NamedTuple):
     gamma: Array | None
     beta: Array | None
     eps: float
+    activation: str | None
     residual: Array | None
     out: Array | None
     layout: Layout
@@ -93,8 +93,10 @@ def check(
     gamma = per_feature_or_none(gamma, "gamma", features)
     beta = per_feature_or_none(beta, "beta", features)
     eps = check_eps(eps)
-    check_activation(activation)
+    activation = "relu" if check_activation(activation) else None
     if residual is not None:
         residual = check_like(residual, "residual", a, dtype)
     out = check_out(out, a, dtype)
-    return Checked(a, dtype, features, gamma, beta, eps, residual, out, layout_of(a, axis))
+    return Checked(
+        a, dtype, features, gamma, beta, eps, activation, residual, out, layout_of(a, axis)
+    )

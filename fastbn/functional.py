@@ -169,7 +169,7 @@ def normalize(
         1,
         c.eps,
         target.view,
-        activation,
+        c.activation,
         c.dense(c.residual),
         threads,
     )
@@ -226,7 +226,7 @@ def batch_norm(
         1,
         c.eps,
         target.view,
-        activation,
+        c.activation,
         c.dense(c.residual),
         threads,
     )
@@ -313,7 +313,7 @@ def batch_norm_backward(
                 c.eps,
                 training,
                 target.view,
-                activation,
+                c.activation,
                 c.dense(c.residual),
                 threads,
             )

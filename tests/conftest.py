@@ -1,0 +1,61 @@
+"""Which fastbn is tested: the reference, and the kernels of every instruction set here."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        import fastbn  # noqa: F401
+    except ImportError as error:
+        raise pytest.UsageError(f"the tests need fastbn with its kernels: {error}") from None
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    from fastbn import _runtime
+
+    return "fastbn: " + ", ".join(f"{k} {v}" for k, v in _runtime.config().items())
+
+
+@pytest.hookimpl(trylast=True)  # so that they vary fastest, and a test's data can be kept
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    from fastbn import _runtime
+
+    available = _runtime.instruction_sets()
+    if "implementation" in metafunc.fixturenames:
+        metafunc.parametrize("implementation", ["reference", *available], indirect=True)
+    if "simd" in metafunc.fixturenames:
+        metafunc.parametrize("simd", available, indirect=True)
+
+
+def _on(name, monkeypatch):
+    import fastbn
+    from fastbn import _runtime
+
+    monkeypatch.setattr(_runtime, "kernels", _runtime.load_kernels(name))
+    assert _runtime.kernels.simd == name  # what the compiler made, not what was asked for
+    return fastbn
+
+
+@pytest.fixture
+def simd(request, monkeypatch):
+    """The package, on one instruction set."""
+    return _on(request.param, monkeypatch)
+
+
+@pytest.fixture
+def implementation(request, monkeypatch):
+    """The functions: the reference's, or the package's on one instruction set."""
+    import fastbn.reference
+
+    if request.param == "reference":
+        return fastbn.reference
+    return _on(request.param, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_they_were(monkeypatch):
+    from fastbn import _runtime
+
+    monkeypatch.setattr(_runtime, "_threads", _runtime._threads)

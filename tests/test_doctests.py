@@ -1,0 +1,65 @@
+"""The examples of docstrings and of the README do what they say."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastbn
+
+README = Path(__file__).parents[1] / "README.md"
+PUBLIC = [name for name in fastbn.__all__ if callable(getattr(fastbn, name))]
+# What they print or return is the machine's affair.
+WITHOUT_EXAMPLE = {"get_num_threads", "show_config"}
+
+
+def run(test):
+    assert test.examples
+    report = []
+    runner = doctest.DocTestRunner(verbose=False)
+    with np.printoptions(precision=8, linewidth=75):
+        runner.run(test, out=report.append, clear_globs=False)
+    assert runner.failures == 0, "".join(report)
+    return runner.tries
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstrings(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = doctest.DocTestFinder(exclude_empty=True).find(
+        getattr(fastbn, name), name, globs={"__name__": "__main__"}
+    )
+    assert getattr(fastbn, name).__doc__
+    tests = [test for test in found if test.examples]
+    assert tests or name in WITHOUT_EXAMPLE, f"{name} has no example"
+    for test in tests:
+        run(test)
+
+
+def blocks(text):
+    found = re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [(m[1], text.count("\n", 0, m.start(1))) for m in found if ">>>" in m[1]]
+
+
+def test_readme(tmp_path, monkeypatch):
+    """Its blocks are one session, from top to bottom."""
+    monkeypatch.chdir(tmp_path)
+    found = blocks(README.read_text(encoding="utf-8"))
+    assert found
+    session = {"__name__": "__main__"}
+    for text, line in found:
+        test = doctest.DocTestParser().get_doctest(text, session, "README.md", str(README), line)
+        assert run(test) == text.count(">>> ")
+        session = test.globs
+
+
+def test_a_wrong_example_is_noticed():
+    [(text, line)] = blocks("Text\n\n```python\n>>> 1 + 1\n3\n```\n\n```python\nx\n```\n")
+    assert line == 3
+    test = doctest.DocTestParser().get_doctest(text, {}, "text", None, line)
+    with pytest.raises(AssertionError, match=r"Expected:\s+3\s+Got:\s+2\s"):
+        run(test)
