@@ -33,8 +33,8 @@ cdef struct Call:
     Arrays a
     Operand x
     int extreme
-    char *memory                    # all scratch memory
-    double *vectors                 # the part for converted per-feature arguments
+    char *memory                    # scratch
+    double *vectors                 # per-feature arguments that were converted
     Operand given[VECTORS]          # those that are read where they are
 
 
@@ -110,10 +110,7 @@ cdef bint same_memory_or_none(const Operand *a, const Operand *b) noexcept:
 
 
 cdef bint begin(Call *call, Operation operation, x, axis, eps, activation, int threads) except -1:
-    """Set up a call for x: its geometry, its cut, its scratch memory, which the caller frees.
-
-    The first thing that every call does, so that there is a pointer to free.
-    """
+    """Set up a call for x. The first thing that every call does, so that `release` has its due."""
     cdef Py_ssize_t feature_axis
     cdef int order[MAX_DIMS]
     cdef int k
@@ -150,18 +147,26 @@ cdef bint begin(Call *call, Operation operation, x, axis, eps, activation, int t
             else:
                 job.inner *= call.x.shape[order[k]]
     job.n = job.outer * job.inner
-    cut(job, call.x.itemsize, threads)
-    return reserve(call)
+    job.threads = threads
+    call.vectors = <double *> allocate(VECTORS * job.features * sizeof(double))
+    return True
+
+
+cdef void *allocate(size_t size) except NULL:
+    """Memory that is not cleared: what is not used is not touched."""
+    cdef void *memory = malloc(size)
+    if memory == NULL:
+        raise MemoryError(f"no memory for {size} bytes of sums and parameters")
+    return memory
 
 
 cdef bint reserve(Call *call) except -1:
-    """Give a call its scratch memory, not cleared: what is not used is not touched."""
+    """Cut the job and give it its scratch memory."""
     cdef Job *job = &call.job
+    cut(job, call.x.itemsize, job.threads, call.a.y)
     cdef Py_ssize_t n = job.features, parameters = (n * call.x.itemsize + 63) // 64 * 64
     cdef Py_ssize_t chunks = 0 if job.operation == NORMALIZE else 2 * job.chunks
-    call.memory = <char *> malloc((chunks + VECTORS) * n * sizeof(double) + 7 * parameters)
-    if call.memory == NULL:
-        raise MemoryError(f"no memory for the chunk sums of {n} features")
+    call.memory = <char *> allocate(chunks * n * sizeof(double) + 7 * parameters)
     job.center = call.memory
     job.scale = call.memory + parameters
     job.shift = call.memory + 2 * parameters
@@ -172,8 +177,12 @@ cdef bint reserve(Call *call) except -1:
     job.extreme = &call.extreme
     job.part_a = <double *> (call.memory + 7 * parameters)
     job.part_b = job.part_a + job.chunks * n
-    call.vectors = job.part_a + chunks * n
     return True
+
+
+cdef void release(Call *call) noexcept:
+    free(call.memory)
+    free(call.vectors)
 
 
 cdef bint like_x(Call *call, object array, const void **where) except -1:
@@ -256,9 +265,10 @@ cdef bint statistics(Call *call, object mean, object var) except -1:
     return True
 
 
-cdef void compute(Call *call) noexcept:
+cdef bint compute(Call *call) except -1:
     """Run the call without the GIL."""
     cdef Arrays *a = &call.a
+    reserve(call)
     # In place, the lines to write are in cache already.
     a.stream = (a.y != NULL and a.y != a.x and a.y != a.dy
                 and call.x.size * call.x.itemsize > STREAM_BYTES)
@@ -267,6 +277,7 @@ cdef void compute(Call *call) noexcept:
             run(&call.job, a, <const f16 *> a.x)
         else:
             run(&call.job, a, <const d8 *> a.x)
+    return True
 
 
 cdef object new_table(Call *call):
@@ -292,7 +303,7 @@ def moments(x, axis, int threads):
         compute(&call)
         return table
     finally:
-        free(call.memory)
+        release(&call)
 
 
 def forward(x, gamma, beta, axis, eps, out, activation, residual, int threads):
@@ -311,7 +322,7 @@ def forward(x, gamma, beta, axis, eps, out, activation, residual, int threads):
         compute(&call)
         return y, table
     finally:
-        free(call.memory)
+        release(&call)
 
 
 def normalize(x, mean, var, gamma, beta, axis, eps, out, activation, residual, int threads):
@@ -329,7 +340,7 @@ def normalize(x, mean, var, gamma, beta, axis, eps, out, activation, residual, i
             compute(&call)
         return y
     finally:
-        free(call.memory)
+        release(&call)
 
 
 def backward(dy, x, mean, var, gamma, beta, axis, eps, bint training, out, activation, residual,
@@ -362,7 +373,7 @@ def backward(dy, x, mean, var, gamma, beta, axis, eps, bint training, out, activ
         compute(&call)
         return dx, dgamma, dbeta, dresidual
     finally:
-        free(call.memory)
+        release(&call)
 
 
 def plan(Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, int itemsize, int threads):
@@ -370,7 +381,7 @@ def plan(Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, int itemsize, 
     cdef Job job
     memset(&job, 0, sizeof(Job))
     job.outer, job.features, job.inner = outer, features, inner
-    cut(&job, itemsize, threads)
+    cut(&job, itemsize, threads, NULL)
     names = "rows", "fold", "rest", "chunks", "group", "groups", "threads", "own"
     return dict(zip(names, (bool(job.rows), job.fold, job.rest, job.chunks, job.group, job.groups,
                             job.threads, bool(job.own))))

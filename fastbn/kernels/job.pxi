@@ -44,6 +44,7 @@ cdef struct Job:
     Py_ssize_t piece, runs                  # planes: a chunk is `runs` pieces of `piece` elements
     Py_ssize_t chunk, chunks                # rows of a chunk; chunks of a feature
     Py_ssize_t group, groups                # features of a group
+    Py_ssize_t skew                         # by how many features the first group is shorter
     int threads
     bint own                                # a thread works on whole groups, with no barrier
     # Per feature, float64, shape (features,). The variance is m2 / count, or m2 / n.
@@ -96,8 +97,8 @@ cdef Py_ssize_t gcd(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return a
 
 
-cdef void cut(Job *job, int itemsize, int threads) noexcept nogil:
-    """Fill in the cut. Only `group`, `threads` and `own` may depend on `threads`."""
+cdef void cut(Job *job, int itemsize, int threads, const void *y) noexcept nogil:
+    """Fill in the cut. Where anything is reduced, chunks depend on the shape and nothing else."""
     cdef Py_ssize_t sample = job.features * job.inner, step, tile, bytes_
     cdef Py_ssize_t elements = job.outer * sample
     job.threads = <int> min(threads, max(1, elements // GRAIN))
@@ -130,20 +131,35 @@ cdef void cut(Job *job, int itemsize, int threads) noexcept nogil:
             if not job.own:
                 tile = TILE
             job.group = min(job.features, max(1, tile // job.inner))
-        job.groups = ceil_div(job.features, job.group)
+            if job.own and job.inner == 1 and sample * itemsize % 64 == 0 and y != NULL:
+                # Groups end where cache lines do: two threads that write to one line wait for
+                # each other at every row.
+                job.skew = <size_t> y % 64 // itemsize
+        job.groups = ceil_div(job.features + job.skew, job.group)
     else:
         job.piece = min(job.inner, SPAN)
         job.runs = max(1, SPAN // job.inner)
-        job.chunks = ceil_div(job.outer, job.runs) * ceil_div(job.inner, job.piece)
         # Enough features side by side to read a page at a time, while they fit in cache.
         bytes_ = job.inner * itemsize
         job.group = max(1, min(PAGE_BYTES // bytes_, L2_BYTES // (bytes_ * job.outer)))
         job.group = min(job.group, max(1, job.features // (4 * job.threads)))
         job.groups = ceil_div(job.features, job.group)
+        job.chunks = ceil_div(job.outer, job.runs) * ceil_div(job.inner, job.piece)
         # With few features the threads share each one; with many, each takes features whole.
         job.own = job.threads == 1 or job.groups >= 4 * job.threads or job.chunks == 1
         if job.own:
             job.threads = <int> min(job.threads, job.groups)
+    if job.operation == NORMALIZE:
+        # Nothing is reduced: chunks are free, and everything is worked on as memory lies.
+        job.own = False
+        job.skew = 0
+        if job.rows:
+            job.chunk = ceil_div(job.length, 2 * job.threads)
+            job.chunks = ceil_div(job.length, job.chunk)
+            job.groups = ceil_div(job.features, job.group)
+        else:
+            job.runs = 1
+            job.chunks = job.outer * ceil_div(job.inner, job.piece)
 
 
 cdef inline Py_ssize_t chunk_count(const Job *job, Py_ssize_t c) noexcept nogil:
@@ -158,6 +174,11 @@ cdef inline Py_ssize_t chunk_count(const Job *job, Py_ssize_t c) noexcept nogil:
     first = c % pieces * job.piece
     return (min(job.piece, job.inner - first)
             * min(job.runs, job.outer - c // pieces * job.runs))
+
+
+cdef inline Py_ssize_t first_of(const Job *job, Py_ssize_t g) noexcept nogil:
+    """The first feature of group g; of the group after the last one, the number of features."""
+    return max(0, min(job.features, g * job.group - job.skew))
 
 
 cdef inline Py_ssize_t share(Py_ssize_t n, int rank, int size) noexcept nogil:

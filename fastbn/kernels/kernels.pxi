@@ -73,6 +73,27 @@ cdef inline void apply(const Job *job, const Arrays *a, const pack *x, Py_ssize_
 
 # --- The schedule ---------------------------------------------------------------------------------
 
+cdef inline void piece_of(const Job *job, Py_ssize_t i, Py_ssize_t *c,
+                          Py_ssize_t *g) noexcept nogil:
+    """Chunk and group of the i-th piece of work: as memory lies, but for planes feature by feature.
+
+    A plane's chunks are read again when its statistics are known, and may be in cache then.
+    """
+    if job.rows or job.operation == NORMALIZE:
+        c[0], g[0] = i // job.groups, i % job.groups
+    else:
+        c[0], g[0] = i % job.chunks, i // job.chunks
+
+
+cdef inline void prepare(const Job *job, const pack *x, Py_ssize_t f0,
+                         Py_ssize_t f1) noexcept nogil:
+    """Parameters that need nothing reduced; the backward's, for the mask of its activation."""
+    if job.operation != MOMENTS and job.operation != FORWARD:
+        forward_parameters(job, x, f0, f1)
+        if job.operation == FROZEN:
+            backward_parameters(job, x, f0, f1)
+
+
 cdef void work(const Job *job, const Arrays *a, const pack *x, int rank, int size) noexcept nogil:
     """One thread's part of a job. Which thread does what changes no result."""
     cdef Py_ssize_t c, g, i, f0, f1, first, last
@@ -84,48 +105,41 @@ cdef void work(const Job *job, const Arrays *a, const pack *x, int rank, int siz
         # Group by group: its data are still in cache when they are read again, backwards
         # because the end is what was read last.
         for g in range(share(job.groups, rank, size), share(job.groups, rank + 1, size)):
-            f0 = g * job.group
-            f1 = min(job.features, f0 + job.group)
-            for c in range(job.chunks if reduces else 0):
+            f0, f1 = first_of(job, g), first_of(job, g + 1)
+            prepare(job, x, f0, f1)
+            for c in range(job.chunks):
                 reduce(job, a, x, c, g)
                 if at_once:
                     apply(job, a, x, c, g)
-            if reduces:
-                finish(job, x, f0, f1)
+            finish(job, x, f0, f1)
             if applies and not at_once:
                 for c in range(job.chunks - 1, -1, -1):
                     apply(job, a, x, c, g)
         return
-    f0 = share(job.features, rank, size)
-    f1 = share(job.features, rank + 1, size)
+    f0, f1 = share(job.features, rank, size), share(job.features, rank + 1, size)
     first = share(job.chunks * job.groups, rank, size)
     last = share(job.chunks * job.groups, rank + 1, size)
+    prepare(job, x, f0, f1)
+    if size > 1 and job.operation != MOMENTS and job.operation != FORWARD:
+        team_barrier()
     if reduces:
         for i in range(first, last):
-            # Rows: chunk by chunk, as memory lies. Planes: feature by feature, for the same reason.
-            c = i // job.groups if job.rows else i % job.chunks
-            g = i % job.groups if job.rows else i // job.chunks
+            piece_of(job, i, &c, &g)
             reduce(job, a, x, c, g)
             if at_once:
                 apply(job, a, x, c, g)
         if size > 1:
             team_barrier()
         finish(job, x, f0, f1)
-        if size > 1:
+        if size > 1 and applies:
             team_barrier()
     if applies and not at_once:
         for i in range(last - 1, first - 1, -1):
-            c = i // job.groups if job.rows else i % job.chunks
-            g = i % job.groups if job.rows else i // job.chunks
+            piece_of(job, i, &c, &g)
             apply(job, a, x, c, g)
 
 
 cdef void run(Job *job, const Arrays *a, const pack *x) noexcept nogil:
-    if job.operation == NORMALIZE or job.operation == BACKWARD or job.operation == FROZEN:
-        # What is known beforehand. (The backward needs it for the mask of its activation.)
-        forward_parameters(job, x, 0, job.features)
-        if job.operation == FROZEN:
-            backward_parameters(job, x, 0, job.features)
     if job.threads <= 1:
         work(job, a, x, 0, 1)
         fastbn_fence()

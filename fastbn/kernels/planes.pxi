@@ -19,8 +19,8 @@ cdef inline Block block_of(const Job *job, Py_ssize_t c, Py_ssize_t g) noexcept 
     cdef Block t
     cdef Py_ssize_t pieces = ceil_div(job.inner, job.piece)
     cdef Py_ssize_t run = c // pieces * job.runs, within = c % pieces * job.piece
-    t.first = g * job.group
-    t.features = min(job.group, job.features - t.first)
+    t.first = first_of(job, g)
+    t.features = first_of(job, g + 1) - t.first
     t.stride = job.features * job.inner
     t.start = run * t.stride + t.first * job.inner + within
     t.length = min(job.piece, job.inner - within)

@@ -95,8 +95,8 @@ cdef struct Tile:
 
 cdef inline Tile tile_of(const Job *job, Py_ssize_t c, Py_ssize_t g) noexcept nogil:
     cdef Tile t
-    t.first = g * job.group
-    t.features = min(job.group, job.features - t.first)
+    t.first = first_of(job, g)
+    t.features = first_of(job, g + 1) - t.first
     t.columns = t.features * job.inner * job.fold
     t.start = c * job.chunk * job.width + t.first * job.inner
     t.rows = min(job.chunk, job.length - c * job.chunk)
