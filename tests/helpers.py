@@ -40,6 +40,7 @@ LARGE = {
     "rows, tiles, own, chunks": ((401, 1003), 1),
     "rows, runs": ((1001, 5, 60), 1),
     "rows, tiles of runs, own": ((67, 90, 50), 1),
+    "rows, tiles of runs, own, chunks": ((150, 90, 50), 1),
     "planes, shared": ((3, 2, 50001), 1),
     "planes, own, one chunk": ((3, 150, 701), 1),
     "planes, own, chunks": ((37, 33, 601), 1),

@@ -151,10 +151,9 @@ def needs(*names):
 
 
 @needs("avx2", "avx512")
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("shape", "axis"), cases([*SMALL, *LARGE.values()]))
-def test_avx2_and_avx512_give_the_same_bits(shape, axis, dtype, monkeypatch):
-    with fastbn.num_threads(2):
+def test_avx2_and_avx512_give_the_same_bits(shape, axis, monkeypatch):
+    for dtype in (np.float32, np.float64) if (shape, axis) in SMALL else [np.float32]:
         avx2 = on("avx2", monkeypatch, shape, axis, dtype)
         assert avx2 == on("avx512", monkeypatch, shape, axis, dtype)
 

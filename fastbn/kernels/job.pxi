@@ -17,7 +17,7 @@
 
 cdef enum:
     TILE = 512          # most columns of a rows group: accumulators and parameters stay in L1
-    CHUNK = 131072      # elements of a tile's chunk (rows): 0.5 MB of float32
+    CHUNK = 65536       # elements of a tile's chunk (rows): 256 KB of float32
     GROUP = 64          # most features of a planes group
     PAGE_BYTES = 4096
     SPAN = 16384        # elements of a chunk in planes: few enough sums per lane to lose nothing
@@ -127,7 +127,10 @@ cdef void cut(Job *job, int itemsize, int threads, const void *y) noexcept nogil
                 tile //= 2
             while tile > 64 and sample < tile * job.threads:
                 tile //= 2
-            job.own = tile * bytes_ <= L2_BYTES and sample >= tile * job.threads
+            # Columns of a row written by two cores cost more than a wait, so threads own columns
+            # only where there are too few chunks to share, or where it saves reading from memory.
+            job.own = (tile * bytes_ <= L2_BYTES and sample >= tile * job.threads
+                       and (job.chunks < job.threads or sample * bytes_ > STREAM_BYTES))
             if not job.own:
                 tile = TILE
             job.group = min(job.features, max(1, tile // job.inner))
@@ -156,6 +159,8 @@ cdef void cut(Job *job, int itemsize, int threads, const void *y) noexcept nogil
         if job.rows:
             job.chunk = ceil_div(job.length, 2 * job.threads)
             job.chunks = ceil_div(job.length, job.chunk)
+            if job.fold == 1 and job.inner == 1:
+                job.group = min(job.features, 8 * TILE)     # parameters are read where they are
             job.groups = ceil_div(job.features, job.group)
         else:
             job.runs = 1
