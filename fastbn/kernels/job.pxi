@@ -154,15 +154,15 @@ cdef void cut(Job *job, int itemsize, int threads, const void *y) noexcept nogil
             job.threads = <int> min(job.threads, job.groups)
     if job.operation == NORMALIZE:
         # Nothing is reduced: chunks are free, and everything is worked on as memory lies.
-        job.own = False
         job.skew = 0
         if job.rows:
-            job.chunk = ceil_div(job.length, 2 * job.threads)
-            job.chunks = ceil_div(job.length, job.chunk)
-            if job.fold == 1 and job.inner == 1:
-                job.group = min(job.features, 8 * TILE)     # parameters are read where they are
+            # Few rows are shared out by columns, many by rows.
+            job.own = job.length < 4 * job.threads and job.fold == 1
+            if job.own and job.inner == 1:
+                job.group = ceil_div(job.features, 4 * job.threads)
             job.groups = ceil_div(job.features, job.group)
         else:
+            job.own = False
             job.runs = 1
             job.chunks = job.outer * ceil_div(job.inner, job.piece)
 

@@ -57,18 +57,22 @@ cdef inline void finish(const Job *job, const pack *x, Py_ssize_t f0, Py_ssize_t
         backward_parameters(job, x, f0, f1)
 
 
+cdef inline void apply_rows(const Job *job, const Arrays *a, const pack *x,
+                            Tile t) noexcept nogil:
+    if job.operation == FORWARD or job.operation == NORMALIZE:
+        forward_rows(job, a[0], x, t)
+    else:
+        backward_rows(job, a[0], x, t)
+
+
 cdef inline void apply(const Job *job, const Arrays *a, const pack *x, Py_ssize_t c,
                        Py_ssize_t g) noexcept nogil:
-    if job.operation == FORWARD or job.operation == NORMALIZE:
-        if job.rows:
-            forward_rows(job, a[0], x, c, g)
-        else:
-            forward_planes(job, a[0], x, c, g)
+    if job.rows:
+        apply_rows(job, a, x, tile_of(job, c, g))
+    elif job.operation == FORWARD or job.operation == NORMALIZE:
+        forward_planes(job, a[0], x, c, g)
     else:
-        if job.rows:
-            backward_rows(job, a[0], x, c, g)
-        else:
-            backward_planes(job, a[0], x, c, g)
+        backward_planes(job, a[0], x, c, g)
 
 
 # --- The schedule ---------------------------------------------------------------------------------
@@ -94,59 +98,93 @@ cdef inline void prepare(const Job *job, const pack *x, Py_ssize_t f0,
             backward_parameters(job, x, f0, f1)
 
 
-cdef void work(const Job *job, const Arrays *a, const pack *x, int rank, int size) noexcept nogil:
-    """One thread's part of a job. Which thread does what changes no result."""
-    cdef Py_ssize_t c, g, i, f0, f1, first, last
-    cdef bint reduces = job.operation != NORMALIZE
-    cdef bint applies = job.operation != MOMENTS
-    # Frozen gradients need no sums, so that dx is made while dy is still in cache.
-    cdef bint at_once = job.operation == FROZEN
-    if job.own:
-        # Group by group: its data are still in cache when they are read again, backwards
-        # because the end is what was read last.
-        for g in range(share(job.groups, rank, size), share(job.groups, rank + 1, size)):
-            f0, f1 = first_of(job, g), first_of(job, g + 1)
-            prepare(job, x, f0, f1)
+cdef void work_by_features(const Job *job, const Arrays *a, const pack *x, int rank,
+                           int size) noexcept nogil:
+    """Group by group: nobody waits, and a group's data are in cache when they are read again,
+    backwards because the end is what was read last."""
+    cdef Py_ssize_t c, g, f0, f1
+    for g in range(share(job.groups, rank, size), share(job.groups, rank + 1, size)):
+        f0, f1 = first_of(job, g), first_of(job, g + 1)
+        prepare(job, x, f0, f1)
+        if job.operation != NORMALIZE:
             for c in range(job.chunks):
                 reduce(job, a, x, c, g)
-                if at_once:
+                # Frozen gradients need no sums, so that dx is made while dy is still in cache.
+                if job.operation == FROZEN:
                     apply(job, a, x, c, g)
             finish(job, x, f0, f1)
-            if applies and not at_once:
-                for c in range(job.chunks - 1, -1, -1):
-                    apply(job, a, x, c, g)
-        return
-    f0, f1 = share(job.features, rank, size), share(job.features, rank + 1, size)
-    first = share(job.chunks * job.groups, rank, size)
-    last = share(job.chunks * job.groups, rank + 1, size)
+        if job.operation != MOMENTS and job.operation != FROZEN:
+            for c in range(job.chunks - 1, -1, -1):
+                apply(job, a, x, c, g)
+
+
+cdef void apply_shared_rows(const Job *job, const Arrays *a, const pack *x, int rank,
+                            int size) noexcept nogil:
+    """One thread's rows, from the end of memory to its beginning, about a chunk at a time.
+
+    Whole rows, as far as parameters by column allow: a tile's short pieces of rows, with a jump
+    after each, took twice as long to write to memory.
+    """
+    cdef Py_ssize_t first = share(job.length, rank, size), r0, r1, f
+    cdef Py_ssize_t wide = job.group
+    if job.fold == 1 and job.inner == 1:
+        wide = job.features                         # parameters are read where they are
+    r1 = share(job.length, rank + 1, size)
+    while r1 > first:
+        r0 = max(first, r1 - max(1, job.chunk * job.group // wide))
+        f = 0
+        while f < job.features:
+            apply_rows(job, a, x, tile_of_rows(job, r0, r1, f, min(f + wide, job.features)))
+            f += wide
+        r1 = r0
+
+
+cdef void work_together(const Job *job, const Arrays *a, const pack *x, int rank,
+                        int size) noexcept nogil:
+    """Step by step, each shared by all threads, with a barrier after each."""
+    cdef Py_ssize_t c, g, i
+    cdef Py_ssize_t f0 = share(job.features, rank, size), f1 = share(job.features, rank + 1, size)
+    cdef Py_ssize_t first = share(job.chunks * job.groups, rank, size)
+    cdef Py_ssize_t last = share(job.chunks * job.groups, rank + 1, size)
     prepare(job, x, f0, f1)
     if size > 1 and job.operation != MOMENTS and job.operation != FORWARD:
         team_barrier()
-    if reduces:
+    if job.operation != NORMALIZE:
         for i in range(first, last):
             piece_of(job, i, &c, &g)
             reduce(job, a, x, c, g)
-            if at_once:
+            if job.operation == FROZEN:
                 apply(job, a, x, c, g)
         if size > 1:
             team_barrier()
         finish(job, x, f0, f1)
-        if size > 1 and applies:
-            team_barrier()
-    if applies and not at_once:
+    if job.operation == MOMENTS or job.operation == FROZEN:
+        return
+    if size > 1 and job.operation != NORMALIZE:
+        team_barrier()
+    if job.rows:
+        apply_shared_rows(job, a, x, rank, size)
+    else:
         for i in range(last - 1, first - 1, -1):
             piece_of(job, i, &c, &g)
             apply(job, a, x, c, g)
 
 
+cdef void work(const Job *job, const Arrays *a, const pack *x, int rank, int size) noexcept nogil:
+    """One thread's part of a job. Which thread does what changes no result."""
+    if job.own:
+        work_by_features(job, a, x, rank, size)
+    else:
+        work_together(job, a, x, rank, size)
+    fastbn_fence()
+
+
 cdef void run(Job *job, const Arrays *a, const pack *x) noexcept nogil:
     if job.threads <= 1:
         work(job, a, x, 0, 1)
-        fastbn_fence()
     else:
         with parallel(num_threads=job.threads):
             work(job, a, x, team_rank(), team_size())
-            fastbn_fence()
 
 
 include "calls.pxi"

@@ -52,8 +52,8 @@ cdef inline Lanes sum_run(Lanes s, const pack *x, Py_ssize_t i, Py_ssize_t end,
         fastbn_prefetch(at(x, i + ahead))
         if pack is d8:                      # 16 elements are two cache lines
             fastbn_prefetch(at(x, i + ahead + 8))
-        u = sub(widen(x, i, 8), p)
-        v = sub(widen(x, i + 8, 8), p)
+        u = d8_less(widen(x, i, 8), p)
+        v = d8_less(widen(x, i + 8, 8), p)
         s.a = add(s.a, u)
         s.b = add(s.b, v)
         s.a2 = fma(u, u, s.a2)
@@ -61,7 +61,7 @@ cdef inline Lanes sum_run(Lanes s, const pack *x, Py_ssize_t i, Py_ssize_t end,
         i += 16
     while i < end:
         k = <int> min(8, end - i)
-        u = d8_keep(sub(widen(x, i, k), p), k)
+        u = d8_keep(d8_less(widen(x, i, k), p), k)
         s.a = add(s.a, u)
         s.a2 = fma(u, u, s.a2)
         i += 8
@@ -159,10 +159,10 @@ cdef inline Lanes sum_gradients_run(Lanes s, Arrays a, const pack *x, Py_ssize_t
         fastbn_prefetch(at(<pack *> a.dy, i + ahead))
         v = widen(<pack *> a.dy, i, 8)
         s.a = add(s.a, v)
-        s.a2 = fma(v, sub(widen(x, i, 8), m), s.a2)
+        s.a2 = fma(v, d8_less(widen(x, i, 8), m), s.a2)
         v = widen(<pack *> a.dy, i + 8, 8)
         s.b = add(s.b, v)
-        s.b2 = fma(v, sub(widen(x, i + 8, 8), m), s.b2)
+        s.b2 = fma(v, d8_less(widen(x, i + 8, 8), m), s.b2)
         i += 16
     while i < end:
         fastbn_prefetch(at(x, i + ahead))
@@ -174,11 +174,11 @@ cdef inline Lanes sum_gradients_run(Lanes s, Arrays a, const pack *x, Py_ssize_t
         if pack is f16:
             s.a = add(s.a, f16_low(g))
             s.b = add(s.b, f16_high(g))
-            s.a2 = fma(f16_low(g), sub(f16_low(u), m), s.a2)
-            s.b2 = fma(f16_high(g), sub(f16_high(u), m), s.b2)
+            s.a2 = fma(f16_low(g), d8_less(f16_low(u), m), s.a2)
+            s.b2 = fma(f16_high(g), d8_less(f16_high(u), m), s.b2)
         else:
             s.a = add(s.a, g)
-            s.a2 = fma(g, sub(u, m), s.a2)
+            s.a2 = fma(g, d8_less(u, m), s.a2)
         i += lanes(x)
     return s
 

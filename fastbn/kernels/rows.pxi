@@ -8,18 +8,23 @@
 cdef enum:
     ROWS = 4
     PAD = 16            # so that a part of a pack at the end of a tile has somewhere to go
+    ROOM = TILE + PAD   # columns of a tile's buffers
 
 
 cdef void spread(pack *columns, const pack *values, Py_ssize_t features, Py_ssize_t inner,
                  Py_ssize_t fold) noexcept nogil:
-    """One value per feature -> one value per column of a tile."""
+    """One value per feature -> one value per column of a tile. Writes up to PAD columns beyond."""
     cdef Py_ssize_t k, f, i, size = features * inner * 64 // lanes(values)
+    cdef pack value
     if inner == 1:
         memcpy(columns, values, size)
     else:
         for f in range(features):
-            for i in range(inner):
-                put(columns, f * inner + i, element(values, f))
+            value = splat(values, element(values, f))
+            i = f * inner
+            while i < (f + 1) * inner:                      # the next feature overwrites the excess
+                store(columns, i, lanes(values), value)
+                i += lanes(values)
     for k in range(1, fold):
         memcpy(at(columns, k * features * inner), columns, size)
 
@@ -28,16 +33,19 @@ cdef void gather(double *columns, Py_ssize_t features, Py_ssize_t inner,
                  Py_ssize_t fold) noexcept nogil:
     """columns[f] <- the sum of feature f's columns, in place."""
     cdef Py_ssize_t k, i, f, sample = features * inner
-    cdef double total
+    cdef d8 total
     for k in range(1, fold):
         for i in range(sample):
             columns[i] += columns[k * sample + i]
     if inner > 1:
         for f in range(features):
-            total = columns[f * inner]
-            for i in range(1, inner):
-                total += columns[f * inner + i]
-            columns[f] = total
+            total = d8_splat(0)
+            for i in range(f * inner, (f + 1) * inner - 7, 8):
+                total = add(total, load(<d8 *> columns, i, 8))
+            i = (f + 1) * inner - inner % 8
+            if inner % 8:
+                total = add(total, load(<d8 *> columns, i, <int> (inner % 8)))
+            columns[f] = d8_sum(total)
 
 
 cdef inline void sum_columns(double *sum1, double *sum2, const double *pivot, const pack *x,
@@ -47,7 +55,7 @@ cdef inline void sum_columns(double *sum1, double *sum2, const double *pivot, co
     cdef d8 p = load(<const d8 *> pivot, j, 8), d
     cdef int r
     for r in range(rows):
-        d = sub(widen(x, r * stride + j, k), p)
+        d = d8_less(widen(x, r * stride + j, k), p)
         if k < 8:                           # what lies beyond has a pivot, and may be a column
             d = d8_keep(d, k)
         a = add(a, d)
@@ -93,24 +101,32 @@ cdef struct Tile:
     Py_ssize_t rest         # columns of the shorter row that follows them, or 0
 
 
-cdef inline Tile tile_of(const Job *job, Py_ssize_t c, Py_ssize_t g) noexcept nogil:
+cdef inline Tile tile_of_rows(const Job *job, Py_ssize_t r0, Py_ssize_t r1, Py_ssize_t f0,
+                              Py_ssize_t f1) noexcept nogil:
+    """Features [f0, f1) of rows [r0, r1)."""
     cdef Tile t
-    t.first = first_of(job, g)
-    t.features = first_of(job, g + 1) - t.first
+    t.first = f0
+    t.features = f1 - f0
     t.columns = t.features * job.inner * job.fold
-    t.start = c * job.chunk * job.width + t.first * job.inner
-    t.rows = min(job.chunk, job.length - c * job.chunk)
-    t.rest = job.rest if c == job.chunks - 1 else 0
+    t.start = r0 * job.width + f0 * job.inner
+    t.rows = r1 - r0
+    t.rest = job.rest if r1 == job.length else 0
     return t
+
+
+cdef inline Tile tile_of(const Job *job, Py_ssize_t c, Py_ssize_t g) noexcept nogil:
+    """Chunk c of group g."""
+    return tile_of_rows(job, c * job.chunk, min((c + 1) * job.chunk, job.length),
+                        first_of(job, g), first_of(job, g + 1))
 
 
 cdef void moments_rows(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t g) noexcept nogil:
     """part_a, part_b <- moments of chunk c of the features of group g."""
     cdef Tile t = tile_of(job, c, g)
     cdef double first[TILE]         # a value of the chunk for each feature: its pivot
-    cdef double pivot[TILE + PAD]   # the same by column
-    cdef double sum1[TILE + PAD]
-    cdef double sum2[TILE + PAD]
+    cdef double pivot[ROOM]   # the same by column
+    cdef double sum1[ROOM]
+    cdef double sum2[ROOM]
     cdef double *mean = job.part_a + c * job.features + t.first
     cdef double *m2 = job.part_b + c * job.features + t.first
     cdef double n = chunk_count(job, c)
@@ -160,14 +176,14 @@ cdef inline void *by_column(const Job *job, Tile t, const pack *values,
 
 cdef inline Columns forward_columns(const Job *job, const pack *tag, Tile t,
                                     double *buffer) noexcept nogil:
-    """Those of the forward; `buffer` has room for 4 * TILE."""
+    """Those of the forward; `buffer` has room for 4 * ROOM."""
     cdef Columns p
     p.unit = NULL
     if job.extreme[0]:
-        p.unit = by_column(job, t, <pack *> job.unit, buffer + 3 * TILE)
+        p.unit = by_column(job, t, <pack *> job.unit, buffer + 3 * ROOM)
     p.center = by_column(job, t, <pack *> job.center, buffer)
-    p.scale = by_column(job, t, <pack *> job.scale, buffer + TILE)
-    p.shift = by_column(job, t, <pack *> job.shift, buffer + 2 * TILE)
+    p.scale = by_column(job, t, <pack *> job.scale, buffer + ROOM)
+    p.shift = by_column(job, t, <pack *> job.shift, buffer + 2 * ROOM)
     return p
 
 
@@ -212,10 +228,8 @@ cdef inline void forward_tile(Arrays a, const pack *x, Tile t, Py_ssize_t stride
         forward_span(a, x, t.start + r * stride, stride, 1, t.rest, p)
 
 
-cdef void forward_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
-                       Py_ssize_t g) noexcept nogil:
-    cdef Tile t = tile_of(job, c, g)
-    cdef double buffer[4 * TILE]
+cdef void forward_rows(const Job *job, Arrays a, const pack *x, Tile t) noexcept nogil:
+    cdef double buffer[4 * ROOM]
     cdef Columns p = forward_columns(job, x, t, buffer)
     a.scaled = p.unit != NULL
     if not plain(a):
@@ -238,7 +252,7 @@ cdef inline void sum_gradients(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t
     for r in range(rows):
         g = widen(<pack *> a.dy, i + r * stride + j, k)
         ga = add(ga, g)
-        xa = fma(g, sub(widen(x, i + r * stride + j, k), m), xa)
+        xa = fma(g, d8_less(widen(x, i + r * stride + j, k), m), xa)
     store(<d8 *> sum_g, j, 8, ga)
     store(<d8 *> sum_gx, j, 8, xa)
 
@@ -265,7 +279,7 @@ cdef inline void accumulate(double *sum_g, double *sum_gx, const double *mean, P
                             d8 g, d8 x) noexcept nogil:
     store(<d8 *> sum_g, j, 8, add(load(<d8 *> sum_g, j, 8), g))
     store(<d8 *> sum_gx, j, 8,
-          fma(g, sub(x, load(<d8 *> mean, j, 8)), load(<d8 *> sum_gx, j, 8)))
+          fma(g, d8_less(x, load(<d8 *> mean, j, 8)), load(<d8 *> sum_gx, j, 8)))
 
 
 cdef inline void gradients_span(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t stride, int rows,
@@ -288,10 +302,10 @@ cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
                          Py_ssize_t g) noexcept nogil:
     """part_a, part_b <- sum(g) and sum(g (x - mean)) of chunk c of the features of group g."""
     cdef Tile t = tile_of(job, c, g)
-    cdef double sum_g[TILE + PAD]
-    cdef double sum_gx[TILE + PAD]
-    cdef double mean[TILE + PAD]
-    cdef double buffer[4 * TILE]
+    cdef double sum_g[ROOM]
+    cdef double sum_gx[ROOM]
+    cdef double mean[ROOM]
+    cdef double buffer[4 * ROOM]
     cdef Columns p = forward_columns(job, x, t, buffer)
     cdef Py_ssize_t r = 0, i, j, columns
     a.scaled = p.unit != NULL
@@ -358,15 +372,13 @@ cdef inline void backward_tile(Arrays a, const pack *x, Tile t, Py_ssize_t strid
         backward_span(a, x, t.start + r * stride, stride, 1, t.rest, p)
 
 
-cdef void backward_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
-                        Py_ssize_t g) noexcept nogil:
-    cdef Tile t = tile_of(job, c, g)
-    cdef double buffer[7 * TILE]
+cdef void backward_rows(const Job *job, Arrays a, const pack *x, Tile t) noexcept nogil:
+    cdef double buffer[7 * ROOM]
     cdef Columns p = forward_columns(job, x, t, buffer)
     a.scaled = p.unit != NULL
-    p.slope_g = by_column(job, t, <pack *> job.slope_g, buffer + 4 * TILE)
-    p.slope_x = by_column(job, t, <pack *> job.slope_x, buffer + 5 * TILE)
-    p.level = by_column(job, t, <pack *> job.level, buffer + 6 * TILE)
+    p.slope_g = by_column(job, t, <pack *> job.slope_g, buffer + 4 * ROOM)
+    p.slope_x = by_column(job, t, <pack *> job.slope_x, buffer + 5 * ROOM)
+    p.level = by_column(job, t, <pack *> job.level, buffer + 6 * ROOM)
     if not plain(a):
         backward_tile(a, x, t, job.width, 1, p)
     elif a.stream:

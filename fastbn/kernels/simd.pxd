@@ -41,6 +41,7 @@ cdef extern from "simd.h" nogil:
     d8 d8_relu(d8 a)
     f16 f16_where_positive(f16 t, f16 g)
     d8 d8_where_positive(d8 t, d8 g)
+    d8 d8_less(d8 a, d8 p)
     d8 d8_div(d8 a, d8 b)
     d8 d8_sqrt(d8 a)
     void d8_narrow(float *p, d8 a, int k)
