@@ -16,6 +16,14 @@ cdef inline int lead(Arrays a, const pack *tag, Py_ssize_t i, Py_ssize_t n) noex
     return <int> min(n, <Py_ssize_t> ((64 - beyond) % 64 * lanes(tag) // 64))
 
 
+cdef inline void fetch(Arrays a, const pack *x, Py_ssize_t i) noexcept nogil:
+    """Bring what will be read into the second-level cache. (What will be written to is not worth
+    it: inference was 7 % slower with it.)"""
+    fastbn_prefetch(at(x, i))
+    if a.dy != NULL:
+        fastbn_prefetch(at(<pack *> a.dy, i))
+
+
 cdef inline bint plain(Arrays a) noexcept nogil:
     """Whether the arithmetic is the bare formula."""
     return not (a.relu or a.scaled or a.residual != NULL or a.dresidual != NULL)

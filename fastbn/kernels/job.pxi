@@ -19,12 +19,13 @@ cdef enum:
     TILE = 512          # most columns of a rows group: accumulators and parameters stay in L1
     CHUNK = 65536       # elements of a tile's chunk (rows): 256 KB of float32
     GROUP = 64          # most features of a planes group
+    ROWS = 4            # rows that are reduced together
     PAGE_BYTES = 4096
     SPAN = 16384        # elements of a chunk in planes: few enough sums per lane to lose nothing
     SHORT_RUN = 64      # runs up to this length are worked on as rows
-    LONG_RUN = 2048     # runs from this length on need no help from the prefetcher
+    AHEAD = 16384       # bytes from what is read to what is prefetched, where memory is contiguous
     GRAIN = 32768       # elements that make it worth to wake another thread
-    L2_BYTES = 786432   # what of a core's second-level cache one group's data may fill
+    L2_BYTES = 819200   # what of a core's second-level cache one group's data may fill
 
     STREAM_BYTES = 16777216     # results larger than this bypass the caches: nobody reads them soon
 
@@ -47,6 +48,9 @@ cdef struct Job:
     Py_ssize_t skew                         # by how many features the first group is shorter
     int threads
     bint own                                # a thread works on whole groups, with no barrier
+    Py_ssize_t near                         # AHEAD in elements
+    Py_ssize_t ahead_rows                   # the same in whole blocks of rows
+    Py_ssize_t ahead                        # the same where results are written: see `cut`
     # Per feature, float64, shape (features,). The variance is m2 / count, or m2 / n.
     double *mean
     double *m2
@@ -165,6 +169,16 @@ cdef void cut(Job *job, int itemsize, int threads, const void *y) noexcept nogil
             job.own = False
             job.runs = 1
             job.chunks = job.outer * ceil_div(job.inner, job.piece)
+    job.near = job.ahead = AHEAD // itemsize
+    if job.rows:
+        job.ahead_rows = max(1, job.near // (ROWS * job.width)) * ROWS * job.width
+    bytes_ = job.outer * job.inner * job.group * itemsize
+    if job.operation != FORWARD:
+        bytes_ *= 2
+    if job.own and job.operation != NORMALIZE and 2 * bytes_ <= L2_BYTES:
+        # While one group's result is written the next group is read into the second-level cache:
+        # memory is read and written at once, and the next sums need not wait for it.
+        job.ahead = job.group * job.inner
 
 
 cdef inline Py_ssize_t chunk_count(const Job *job, Py_ssize_t c) noexcept nogil:

@@ -120,18 +120,21 @@ cdef void work_by_features(const Job *job, const Arrays *a, const pack *x, int r
 
 cdef void apply_shared_rows(const Job *job, const Arrays *a, const pack *x, int rank,
                             int size) noexcept nogil:
-    """One thread's rows, from the end of memory to its beginning, about a chunk at a time.
+    """One thread's rows, from the last block to the first.
 
     Whole rows, as far as parameters by column allow: a tile's short pieces of rows, with a jump
     after each, took twice as long to write to memory.
     """
     cdef Py_ssize_t first = share(job.length, rank, size), r0, r1, f
-    cdef Py_ssize_t wide = job.group
+    cdef Py_ssize_t wide = job.group, block = job.chunk
     if job.fold == 1 and job.inner == 1:
         wide = job.features                         # parameters are read where they are
+        block = max(1, CHUNK // wide)
     r1 = share(job.length, rank + 1, size)
+    if job.operation == NORMALIZE and wide == job.features:
+        block = job.length                          # nothing was read before: as memory lies
     while r1 > first:
-        r0 = max(first, r1 - max(1, job.chunk * job.group // wide))
+        r0 = max(first, r1 - block)
         f = 0
         while f < job.features:
             apply_rows(job, a, x, tile_of_rows(job, r0, r1, f, min(f + wide, job.features)))
@@ -164,6 +167,10 @@ cdef void work_together(const Job *job, const Arrays *a, const pack *x, int rank
         team_barrier()
     if job.rows:
         apply_shared_rows(job, a, x, rank, size)
+    elif job.operation == NORMALIZE:
+        for i in range(first, last):
+            piece_of(job, i, &c, &g)
+            apply(job, a, x, c, g)
     else:
         for i in range(last - 1, first - 1, -1):
             piece_of(job, i, &c, &g)

@@ -12,7 +12,8 @@ cdef struct Block:
     Py_ssize_t length       # of a run
     Py_ssize_t runs         # of a feature
     Py_ssize_t stride       # elements from a run to the feature's next
-    Py_ssize_t ahead        # elements to what to prefetch, or 0 where runs are long
+    Py_ssize_t near         # elements from one to what is prefetched with it, within a run
+    Py_ssize_t far          # the same for the last `near` of a run: the start of the next one
 
 
 cdef inline Block block_of(const Job *job, Py_ssize_t c, Py_ssize_t g) noexcept nogil:
@@ -25,7 +26,8 @@ cdef inline Block block_of(const Job *job, Py_ssize_t c, Py_ssize_t g) noexcept 
     t.start = run * t.stride + t.first * job.inner + within
     t.length = min(job.piece, job.inner - within)
     t.runs = min(job.runs, job.outer - run)
-    t.ahead = t.stride if job.inner < LONG_RUN else 0
+    t.near = min(t.length, job.near)
+    t.far = t.near + t.stride - t.length
     return t
 
 
@@ -43,8 +45,8 @@ cdef inline Lanes no_sums() noexcept nogil:
     return s
 
 
-cdef inline Lanes sum_run(Lanes s, const pack *x, Py_ssize_t i, Py_ssize_t end,
-                          Py_ssize_t ahead, double pivot) noexcept nogil:
+cdef inline Lanes sum_part(Lanes s, const pack *x, Py_ssize_t i, Py_ssize_t end,
+                           Py_ssize_t ahead, double pivot) noexcept nogil:
     """sum(x - pivot) and sum((x - pivot)^2) of elements [i, end), added to s."""
     cdef d8 p = d8_splat(pivot), u, v
     cdef int k
@@ -68,6 +70,15 @@ cdef inline Lanes sum_run(Lanes s, const pack *x, Py_ssize_t i, Py_ssize_t end,
     return s
 
 
+cdef inline Lanes sum_run(Lanes s, const pack *x, Block t, Py_ssize_t i,
+                          double pivot) noexcept nogil:
+    """The same of a run, whose last part prefetches the next run's first."""
+    cdef Py_ssize_t middle = i + (t.length - t.near) // 16 * 16
+    if middle > i:
+        s = sum_part(s, x, i, middle, t.near, pivot)
+    return sum_part(s, x, middle, i + t.length, t.far, pivot)
+
+
 cdef void moments_planes(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t g) noexcept nogil:
     """part_a, part_b <- moments of chunk c of the features of group g."""
     cdef Block t = block_of(job, c, g)
@@ -87,7 +98,7 @@ cdef void moments_planes(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t
         for r in range(t.runs):
             for f in range(t.features):
                 i = t.start + r * t.stride + f * job.inner
-                sums[f] = sum_run(sums[f], x, i, i + t.length, t.ahead, pivot[f])
+                sums[f] = sum_run(sums[f], x, t, i, pivot[f])
         for f in range(t.features):
             sum1[f] = d8_sum(add(sums[f].a, sums[f].b))
             sum2[f] = d8_sum(add(sums[f].a2, sums[f].b2))
@@ -111,7 +122,7 @@ cdef inline void forward_run(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t e
         forward_pack(a, x, i, k, unit, center, scale, shift)
         i += k
     while i + lanes(x) <= end:
-        fastbn_prefetch(at(x, i + ahead))
+        fetch(a, x, i + ahead)
         forward_pack(a, x, i, lanes(x), unit, center, scale, shift)
         i += lanes(x)
     if i < end:
@@ -127,7 +138,7 @@ cdef inline void forward_block(const Job *job, Arrays a, const pack *x, Block t)
     for r in range(t.runs):
         for f in range(t.first, t.first + t.features):
             i = t.start + r * t.stride + (f - t.first) * job.inner
-            forward_run(a, x, i, i + t.length, t.ahead, parameter(<pack *> job.unit, f),
+            forward_run(a, x, i, i + t.length, job.ahead, parameter(<pack *> job.unit, f),
                         parameter(<pack *> job.center, f), parameter(<pack *> job.scale, f),
                         parameter(<pack *> job.shift, f))
 
@@ -146,9 +157,9 @@ cdef void forward_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
 
 # --- Backward ------------------------------------------------------------------------------------
 
-cdef inline Lanes sum_gradients_run(Lanes s, Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t end,
-                                    Py_ssize_t ahead, double mean, pack unit, pack center,
-                                    pack scale, pack shift) noexcept nogil:
+cdef inline Lanes sum_gradients_part(Lanes s, Arrays a, const pack *x, Py_ssize_t i,
+                                     Py_ssize_t end, Py_ssize_t ahead, double mean, pack unit,
+                                     pack center, pack scale, pack shift) noexcept nogil:
     """sum(g) and sum(g (x - mean)) of elements [i, end), added to s."""
     cdef d8 m = d8_splat(mean)
     cdef pack g, u
@@ -157,6 +168,9 @@ cdef inline Lanes sum_gradients_run(Lanes s, Arrays a, const pack *x, Py_ssize_t
     while not a.relu and i + 16 <= end:
         fastbn_prefetch(at(x, i + ahead))
         fastbn_prefetch(at(<pack *> a.dy, i + ahead))
+        if pack is d8:
+            fastbn_prefetch(at(x, i + ahead + 8))
+            fastbn_prefetch(at(<pack *> a.dy, i + ahead + 8))
         v = widen(<pack *> a.dy, i, 8)
         s.a = add(s.a, v)
         s.a2 = fma(v, d8_less(widen(x, i, 8), m), s.a2)
@@ -183,6 +197,17 @@ cdef inline Lanes sum_gradients_run(Lanes s, Arrays a, const pack *x, Py_ssize_t
     return s
 
 
+cdef inline Lanes sum_gradients_run(Lanes s, const Job *job, Arrays a, const pack *x, Block t,
+                                    Py_ssize_t i, Py_ssize_t f) noexcept nogil:
+    cdef Py_ssize_t middle = i + (t.length - t.near) // 16 * 16
+    cdef pack unit = parameter(<pack *> job.unit, f), center = parameter(<pack *> job.center, f)
+    cdef pack scale = parameter(<pack *> job.scale, f), shift = parameter(<pack *> job.shift, f)
+    if middle > i:
+        s = sum_gradients_part(s, a, x, i, middle, t.near, job.mean[f], unit, center, scale, shift)
+    return sum_gradients_part(s, a, x, middle, i + t.length, t.far, job.mean[f], unit, center,
+                              scale, shift)
+
+
 cdef void gradients_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
                            Py_ssize_t g) noexcept nogil:
     """part_a, part_b <- sum(g) and sum(g (x - mean)) of chunk c of the features of group g."""
@@ -196,10 +221,7 @@ cdef void gradients_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c
         for n in range(t.features):
             f = t.first + n
             i = t.start + r * t.stride + n * job.inner
-            sums[n] = sum_gradients_run(
-                sums[n], a, x, i, i + t.length, t.ahead, job.mean[f],
-                parameter(<pack *> job.unit, f), parameter(<pack *> job.center, f),
-                parameter(<pack *> job.scale, f), parameter(<pack *> job.shift, f))
+            sums[n] = sum_gradients_run(sums[n], job, a, x, t, i, f)
     for n in range(t.features):
         job.part_a[c * job.features + t.first + n] = d8_sum(add(sums[n].a, sums[n].b))
         job.part_b[c * job.features + t.first + n] = d8_sum(add(sums[n].a2, sums[n].b2))
@@ -214,8 +236,7 @@ cdef inline void backward_run(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t 
                       slope_g, slope_x, level)
         i += k
     while i + lanes(x) <= end:
-        fastbn_prefetch(at(x, i + ahead))
-        fastbn_prefetch(at(<pack *> a.dy, i + ahead))
+        fetch(a, x, i + ahead)
         backward_pack(a, x, i, lanes(x), masked(a, x, i, lanes(x), unit, center, scale, shift),
                       unit, center, slope_g, slope_x, level)
         i += lanes(x)
@@ -230,7 +251,7 @@ cdef inline void backward_block(const Job *job, Arrays a, const pack *x, Block t
     for r in range(t.runs):
         for f in range(t.first, t.first + t.features):
             i = t.start + r * t.stride + (f - t.first) * job.inner
-            backward_run(a, x, i, i + t.length, t.ahead, parameter(<pack *> job.unit, f),
+            backward_run(a, x, i, i + t.length, job.ahead, parameter(<pack *> job.unit, f),
                          parameter(<pack *> job.center, f), parameter(<pack *> job.scale, f),
                          parameter(<pack *> job.shift, f), parameter(<pack *> job.slope_g, f),
                          parameter(<pack *> job.slope_x, f), parameter(<pack *> job.level, f))

@@ -6,7 +6,6 @@
 # hand; without it, (n, 512) float32 was summed at 11 GB/s from memory, with it at 24.
 
 cdef enum:
-    ROWS = 4
     PAD = 16            # so that a part of a pack at the end of a tile has somewhere to go
     ROOM = TILE + PAD   # columns of a tile's buffers
 
@@ -65,13 +64,14 @@ cdef inline void sum_columns(double *sum1, double *sum2, const double *pivot, co
 
 
 cdef void sum_rows(double *sum1, double *sum2, const double *pivot, const pack *x,
-                   Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns) noexcept nogil:
+                   Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t columns,
+                   Py_ssize_t ahead) noexcept nogil:
     cdef Py_ssize_t r, j, whole = columns - columns % 16
     cdef const pack *row
     for r in range(rows // ROWS):
         row = at(x, r * ROWS * stride)
         for j in range(0, whole, 16):
-            prefetch_rows(row, stride, ROWS * stride + j)
+            prefetch_rows(row, stride, ahead + j)
             sum_columns(sum1, sum2, pivot, row, stride, ROWS, j, 8)
             sum_columns(sum1, sum2, pivot, row, stride, ROWS, j + 8, 8)
         for j in range(whole, columns, 8):
@@ -139,9 +139,11 @@ cdef void moments_rows(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t g
         spread(<d8 *> pivot, <d8 *> first, t.features, job.inner, job.fold)
         memset(sum1, 0, (t.columns + PAD) * sizeof(double))
         memset(sum2, 0, (t.columns + PAD) * sizeof(double))
-        sum_rows(sum1, sum2, pivot, at(x, t.start), job.width, t.rows, t.columns)
+        sum_rows(sum1, sum2, pivot, at(x, t.start), job.width, t.rows, t.columns,
+                 job.ahead_rows)
         if t.rest:
-            sum_rows(sum1, sum2, pivot, at(x, t.start + t.rows * job.width), job.width, 1, t.rest)
+            sum_rows(sum1, sum2, pivot, at(x, t.start + t.rows * job.width), job.width, 1, t.rest,
+                     0)
         gather(sum1, t.features, job.inner, job.fold)
         gather(sum2, t.features, job.inner, job.fold)
         if not close_chunk(sum1, sum2, t.features, n, mean, m2) or attempt == 1:
@@ -156,6 +158,7 @@ cdef void moments_rows(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t g
 # --- Parameters by column ------------------------------------------------------------------------
 
 cdef struct Columns:
+    Py_ssize_t ahead        # elements from what is read to what is prefetched
     void *unit              # or NULL where every unit is 1
     void *center
     void *scale
@@ -178,6 +181,7 @@ cdef inline Columns forward_columns(const Job *job, const pack *tag, Tile t,
                                     double *buffer) noexcept nogil:
     """Those of the forward; `buffer` has room for 4 * ROOM."""
     cdef Columns p
+    p.ahead = job.ahead
     p.unit = NULL
     if job.extreme[0]:
         p.unit = by_column(job, t, <pack *> job.unit, buffer + 3 * ROOM)
@@ -200,6 +204,7 @@ cdef inline void forward_at(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t st
     cdef pack scale = load(<pack *> p.scale, j, k), shift = load(<pack *> p.shift, j, k)
     cdef int r
     for r in range(rows):
+        fetch(a, x, i + r * stride + j + p.ahead)
         forward_pack(a, x, i + r * stride + j, k, unit, center, scale, shift)
 
 
@@ -283,13 +288,13 @@ cdef inline void accumulate(double *sum_g, double *sum_gx, const double *mean, P
 
 
 cdef inline void gradients_span(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t stride, int rows,
-                                Py_ssize_t columns, double *sum_g, double *sum_gx,
-                                const double *mean) noexcept nogil:
+                                Py_ssize_t columns, Py_ssize_t ahead, double *sum_g,
+                                double *sum_gx, const double *mean) noexcept nogil:
     cdef Py_ssize_t j = 0
     while j + 16 <= columns:
         if rows == ROWS:
-            prefetch_rows(at(x, i), stride, ROWS * stride + j)
-            prefetch_rows(at(<pack *> a.dy, i), stride, ROWS * stride + j)
+            prefetch_rows(at(x, i), stride, ahead + j)
+            prefetch_rows(at(<pack *> a.dy, i), stride, ahead + j)
         sum_gradients(a, x, i, stride, rows, j, 8, sum_g, sum_gx, mean)
         sum_gradients(a, x, i, stride, rows, j + 8, 8, sum_g, sum_gx, mean)
         j += 16
@@ -325,10 +330,11 @@ cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
                 sum_masked_gradients(a, x, i, j, <int> (columns - j), sum_g, sum_gx, mean, p)
             r += 1
         elif r + ROWS <= t.rows:
-            gradients_span(a, x, i, job.width, ROWS, columns, sum_g, sum_gx, mean)
+            gradients_span(a, x, i, job.width, ROWS, columns, job.ahead_rows, sum_g, sum_gx,
+                           mean)
             r += ROWS
         else:
-            gradients_span(a, x, i, job.width, 1, columns, sum_g, sum_gx, mean)
+            gradients_span(a, x, i, job.width, 1, columns, 0, sum_g, sum_gx, mean)
             r += 1
     gather(sum_g, t.features, job.inner, job.fold)
     gather(sum_gx, t.features, job.inner, job.fold)
@@ -343,6 +349,7 @@ cdef inline void backward_at(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t s
     cdef pack level = load(<pack *> p.level, j, k)
     cdef int r
     for r in range(rows):
+        fetch(a, x, i + r * stride + j + p.ahead)
         backward_pack(a, x, i + r * stride + j, k, masked_at(a, x, i + r * stride + j, j, k, p),
                       unit, center, slope_g, slope_x, level)
 
