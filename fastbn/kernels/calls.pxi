@@ -34,7 +34,7 @@ cdef struct Call:
     Operand x
     int extreme
     char *memory                    # scratch
-    double *vectors                 # per-feature arguments that were converted
+    double *vectors                 # room for a mean and a variance of float32
     Operand given[VECTORS]          # those that are read where they are
 
 
@@ -148,7 +148,6 @@ cdef bint begin(Call *call, Operation operation, x, axis, eps, activation, int t
                 job.inner *= call.x.shape[order[k]]
     job.n = job.outer * job.inner
     job.threads = threads
-    call.vectors = <double *> allocate(VECTORS * job.features * sizeof(double))
     return True
 
 
@@ -226,33 +225,44 @@ cdef object result(Call *call, object x, object out, const void *in1, const void
     return out
 
 
-cdef bint per_feature(Call *call, object array, int slot, const double **where) except -1:
+cdef bint per_feature(Call *call, object array, int slot, Vector *vector) except -1:
     """Take an argument of shape (features,), float32 or float64, or None for none."""
     cdef Operand *o = &call.given[slot]
-    cdef Py_ssize_t f
-    cdef double *vector = call.vectors + slot * call.job.features
     if array is None:
         return True
     if (not read(array, o) or o.ndim != 1 or o.size != call.job.features
             or not contiguous(o)):
         return False
-    where[0] = <double *> o.data
     if o.itemsize == 4:
-        for f in range(o.size):
-            vector[f] = (<float *> o.data)[f]
-        where[0] = vector
+        vector.floats = <float *> o.data
+    else:
+        vector.doubles = <double *> o.data
     return True
+
+
+cdef double *as_doubles(Vector vector, double *room, Py_ssize_t n) noexcept:
+    cdef Py_ssize_t f
+    if vector.doubles != NULL:
+        return <double *> vector.doubles
+    for f in range(n):
+        room[f] = vector.floats[f]
+    return room
 
 
 cdef bint statistics(Call *call, object mean, object var) except -1:
     """Take (mean, var), or the table of a Moments and None."""
     cdef Operand o
     cdef Py_ssize_t f, negative = 0, n = call.job.features
+    cdef Vector[2] given
+    memset(given, 0, sizeof(given))
     if var is not None:
-        call.job.n = 1
-        if (mean is None or not per_feature(call, mean, 2, <const double **> &call.job.mean)
-                or not per_feature(call, var, 3, <const double **> &call.job.m2)):
+        if (mean is None or not per_feature(call, mean, 2, &given[0])
+                or not per_feature(call, var, 3, &given[1])):
             return False
+        call.vectors = <double *> allocate(2 * n * sizeof(double))
+        call.job.n = 1
+        call.job.mean = as_doubles(given[0], call.vectors, n)
+        call.job.m2 = as_doubles(given[1], call.vectors + n, n)
         for f in range(n):
             negative += call.job.m2[f] < 0
         return negative == 0

@@ -1,20 +1,23 @@
 # What is done per feature: chunk sums become moments, moments become parameters.
 
 from libc.float cimport DBL_MAX
-from libc.math cimport fabs, ilogb, isfinite, ldexp
+from libc.math cimport ilogb, isfinite, ldexp
 
 
-cdef inline double finite_or_zero(double value) noexcept nogil:
-    return value if fabs(value) <= DBL_MAX else 0.0
+cdef inline d8 firsts(const Job *job, const pack *x, Py_ssize_t i, int k) noexcept nogil:
+    """The first value of each of k features, the first one's being element i; 0 if not finite.
 
-
-cdef inline double origin(const Job *job, const pack *x, Py_ssize_t f) noexcept nogil:
-    """The value that the means of feature f's chunks are kept relative to: its first element.
-
-    A mean of 1e7 has no digits left for the differences between chunk means that Chan's
-    formula needs; the same mean as an offset from a value in the data has all of them.
+    What sums and means are taken relative to: of a chunk, the pivot of its sums; of all data, the
+    origin of its chunks' means. A mean of 1e7 has no digits left for the differences between chunk
+    means that Chan's formula needs; the same mean as an offset from a value in the data has all.
     """
-    return finite_or_zero(element(x, f * job.inner))
+    cdef double values[8]
+    cdef int n
+    if job.inner == 1:
+        return d8_finite_or_zero(widen(x, i, k))
+    for n in range(8):
+        values[n] = element(x, i + min(n, k - 1) * job.inner)
+    return d8_finite_or_zero(load(<d8 *> values, 0, 8))
 
 
 cdef inline bint cancelled(double m2, double sum2) noexcept nogil:
@@ -29,21 +32,38 @@ cdef bint close_chunk(const double *sum1, const double *sum2, Py_ssize_t feature
     True if a feature should be summed again about `pivot + offset`, because of cancellation. It
     happens where the first element of a chunk is an outlier.
     """
-    cdef Py_ssize_t f, again = 0
-    cdef double mean, square
-    for f in range(features):
-        mean = sum1[f] / n
-        square = sum2[f] - sum1[f] * mean
-        square = 0.0 if square < 0 else square
-        again += cancelled(square, sum2[f])
-        offset[f] = mean
-        m2[f] = square
-    return again > 0
+    cdef Py_ssize_t f
+    cdef int k, again = 0
+    cdef d8 count = d8_splat(n), total, mean, square
+    for f in range(0, features, 8):
+        k = <int> min(8, features - f)
+        total = load(<d8 *> sum1, f, k)
+        mean = d8_div(total, count)
+        square = load(<d8 *> sum2, f, k)
+        total = d8_relu(sub(square, mul(total, mean)))
+        again |= d8_any_less(mul(total, d8_splat(64)), square)      # as `cancelled`
+        store(<d8 *> offset, f, k, mean)
+        store(<d8 *> m2, f, k, total)
+    return again
+
+
+cdef inline void place_offsets(const Job *job, const pack *x, double *offset, const double *pivot,
+                               Py_ssize_t f0, Py_ssize_t features) noexcept nogil:
+    """Offsets from a chunk's pivots, of features from f0 on, become offsets from the origin."""
+    cdef Py_ssize_t f
+    cdef int k
+    cdef d8 move
+    for f in range(0, features, 8):
+        k = <int> min(8, features - f)
+        move = sub(load(<d8 *> pivot, f, k), firsts(job, x, (f0 + f) * job.inner, k))
+        store(<d8 *> offset, f, k, add(load(<d8 *> offset, f, k), move))
 
 
 cdef void merge_chunks(const Job *job, const pack *x, Py_ssize_t f0, Py_ssize_t f1) noexcept nogil:
     """mean and m2 of features [f0, f1) from their chunks, in order (Chan, Golub & LeVeque 1983)."""
-    cdef Py_ssize_t c, f, odd = 0
+    cdef Py_ssize_t c, f
+    cdef int k
+    cdef d8 m, odd = d8_splat(0)
     cdef double *mean = job.mean
     cdef double *m2 = job.m2
     cdef const double *mean_c = job.part_a
@@ -62,12 +82,14 @@ cdef void merge_chunks(const Job *job, const pack *x, Py_ssize_t f0, Py_ssize_t 
             mean[f] = mean[f] + delta * weight
             m2[f] = m2[f] + (m2_c[f] + delta * delta * (weight * count))
         count += n
-    for f in range(f0, f1):
-        mean[f] = origin(job, x, f) + mean[f]
-        odd += not (fabs(mean[f]) <= DBL_MAX and m2[f] <= DBL_MAX)
-    if odd:
+    for f in range(f0, f1, 8):
+        k = <int> min(8, f1 - f)
+        m = add(firsts(job, x, f * job.inner, k), load(<d8 *> mean, f, k))
+        store(<d8 *> mean, f, k, m)
+        odd = add(odd, add(sub(m, m), mul(load(<d8 *> m2, f, k), d8_splat(0))))
+    if d8_sum(odd) != 0:                    # NaN, where a mean or an m2 is not finite
         for f in range(f0, f1):
-            if not (fabs(mean[f]) <= DBL_MAX and m2[f] <= DBL_MAX):
+            if not (isfinite(mean[f]) and isfinite(m2[f])):
                 moments_of_extremes(job, x, f)
 
 
@@ -102,10 +124,12 @@ cdef void moments_of_extremes(const Job *job, const pack *x, Py_ssize_t f) noexc
 
 cdef inline d8 std_of(const Job *job, Py_ssize_t f, int k) noexcept nogil:
     """sqrt(var + eps)"""
-    cdef d8 count = d8_splat(job.n)
+    cdef d8 var = load(<d8 *> job.m2, f, k)
     if job.count != NULL:
-        count = load(<d8 *> job.count, f, k)
-    return d8_sqrt(add(d8_div(load(<d8 *> job.m2, f, k), count), d8_splat(job.eps)))
+        var = d8_div(var, load(<d8 *> job.count, f, k))
+    elif job.n != 1:
+        var = d8_div(var, d8_splat(job.n))
+    return d8_sqrt(add(var, d8_splat(job.eps)))
 
 
 cdef inline d8 over(d8 value, d8 std) noexcept nogil:
@@ -113,9 +137,18 @@ cdef inline d8 over(d8 value, d8 std) noexcept nogil:
     return where_positive(std, d8_div(value, std))
 
 
-cdef inline d8 or_else(const double *values, Py_ssize_t f, int k, double default) noexcept nogil:
+cdef inline d8 or_else(Vector values, Py_ssize_t f, int k, double default) noexcept nogil:
     """gamma or beta."""
-    return d8_splat(default) if values == NULL else load(<d8 *> values, f, k)
+    if values.doubles != NULL:
+        return load(<d8 *> values.doubles, f, k)
+    if values.floats != NULL:
+        return widen(<f16 *> values.floats, f, k)
+    return d8_splat(default)
+
+
+cdef inline d8 by_unit(const Job *job, d8 value, d8 unit) noexcept nogil:
+    """value / unit; divisions are most of what parameters cost, and this one is nearly always by 1."""
+    return d8_div(value, unit) if job.extreme[0] else value
 
 
 cdef d8 units(const Job *job, const pack *tag, d8 std) noexcept nogil:
@@ -158,7 +191,7 @@ cdef void forward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
         std = std_of(job, f, k)
         unit = units(job, tag, std)
         mean = mul(load(<d8 *> job.mean, f, k), unit)
-        scale = d8_div(over(or_else(job.gamma, f, k, 1), std), unit)
+        scale = by_unit(job, over(or_else(job.gamma, f, k, 1), std), unit)
         narrow(center, f, k, mean)
         residue = sub(mean, widen(center, f, k))
         narrow(<pack *> job.unit, f, k, unit)
@@ -181,7 +214,7 @@ cdef void backward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
         k = <int> min(8, f1 - f)
         std = std_of(job, f, k)
         unit = widen(<pack *> job.unit, f, k)
-        slope = d8_div(over(or_else(job.gamma, f, k, 1), std), unit)
+        slope = by_unit(job, over(or_else(job.gamma, f, k, 1), std), unit)
         narrow(<pack *> job.slope_g, f, k, slope)
         if job.operation == BACKWARD:
             slope = sub(zero, slope)

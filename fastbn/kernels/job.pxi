@@ -19,6 +19,7 @@ cdef enum:
     TILE = 512          # most columns of a rows group: accumulators and parameters stay in L1
     CHUNK = 65536       # elements of a tile's chunk (rows): 256 KB of float32
     GROUP = 64          # most features of a planes group
+    WIDE = 2048         # most columns that are written together: their parameters stay in L1
     ROWS = 4            # rows that are reduced together
     PAGE_BYTES = 4096
     SPAN = 16384        # elements of a chunk in planes: few enough sums per lane to lose nothing
@@ -35,6 +36,12 @@ cdef enum Operation:
     NORMALIZE           # y <- x, with given statistics
     BACKWARD            # dbeta, dgamma, dx <- dy, x
     FROZEN              # the same where the statistics did not come from x
+
+# An argument per feature, of either dtype; both NULL where it is not given.
+cdef struct Vector:
+    const double *doubles
+    const float *floats
+
 
 cdef struct Job:
     Operation operation
@@ -58,8 +65,8 @@ cdef struct Job:
     double n
     double *dbeta
     double *dgamma
-    const double *gamma                     # or NULL for 1
-    const double *beta                      # or NULL for 0
+    Vector gamma                            # 1 where not given
+    Vector beta                             # 0 where not given
     double eps
     # Per chunk and feature, shape (chunks, features): the mean's offset and m2, or sum(g) and
     # sum(g (x - mean)), where g is dy masked by the activation.
@@ -160,10 +167,10 @@ cdef void cut(Job *job, int itemsize, int threads, const void *y) noexcept nogil
         # Nothing is reduced: chunks are free, and everything is worked on as memory lies.
         job.skew = 0
         if job.rows:
-            # Few rows are shared out by columns, many by rows.
-            job.own = job.length < 4 * job.threads and job.fold == 1
+            # Long rows are shared out by columns, which saves a wait for parameters.
+            job.own = sample >= 8 * WIDE or (job.length < 4 * job.threads and job.fold == 1)
             if job.own and job.inner == 1:
-                job.group = ceil_div(job.features, 4 * job.threads)
+                job.group = min(WIDE, ceil_div(job.features, 4 * job.threads))
             job.groups = ceil_div(job.features, job.group)
         else:
             job.own = False
@@ -175,10 +182,10 @@ cdef void cut(Job *job, int itemsize, int threads, const void *y) noexcept nogil
     bytes_ = job.outer * job.inner * job.group * itemsize
     if job.operation != FORWARD:
         bytes_ *= 2
-    if job.own and job.operation != NORMALIZE and 2 * bytes_ <= L2_BYTES:
-        # While one group's result is written the next group is read into the second-level cache:
-        # memory is read and written at once, and the next sums need not wait for it.
-        job.ahead = job.group * job.inner
+    if job.own and job.operation != NORMALIZE:
+        # While one group's result is written the next group is read into the caches: memory is
+        # read and written at once, and the next sums need not wait for it.
+        job.ahead = job.group * job.inner if bytes_ <= 4 * L2_BYTES else 0
 
 
 cdef inline Py_ssize_t chunk_count(const Job *job, Py_ssize_t c) noexcept nogil:

@@ -128,7 +128,7 @@ cdef void apply_shared_rows(const Job *job, const Arrays *a, const pack *x, int 
     cdef Py_ssize_t first = share(job.length, rank, size), r0, r1, f
     cdef Py_ssize_t wide = job.group, block = job.chunk
     if job.fold == 1 and job.inner == 1:
-        wide = job.features                         # parameters are read where they are
+        wide = min(job.features, WIDE)
         block = max(1, CHUNK // wide)
     r1 = share(job.length, rank + 1, size)
     if job.operation == NORMALIZE and wide == job.features:

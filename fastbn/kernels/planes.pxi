@@ -13,7 +13,7 @@ cdef struct Block:
     Py_ssize_t runs         # of a feature
     Py_ssize_t stride       # elements from a run to the feature's next
     Py_ssize_t near         # elements from one to what is prefetched with it, within a run
-    Py_ssize_t far          # the same for the last `near` of a run: the start of the next one
+    Py_ssize_t far          # the same for the last `near` of it: the start of the next one
 
 
 cdef inline Block block_of(const Job *job, Py_ssize_t c, Py_ssize_t g) noexcept nogil:
@@ -27,7 +27,9 @@ cdef inline Block block_of(const Job *job, Py_ssize_t c, Py_ssize_t g) noexcept 
     t.length = min(job.piece, job.inner - within)
     t.runs = min(job.runs, job.outer - run)
     t.near = min(t.length, job.near)
-    t.far = t.near + t.stride - t.length
+    t.far = t.near
+    if within + t.length == job.inner:
+        t.far += t.stride - job.inner
     return t
 
 
@@ -89,9 +91,10 @@ cdef void moments_planes(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t
     cdef double *mean = job.part_a + c * job.features + t.first
     cdef double *m2 = job.part_b + c * job.features + t.first
     cdef Py_ssize_t r, f, i
-    cdef int attempt
-    for f in range(t.features):
-        pivot[f] = finite_or_zero(element(x, t.start + f * job.inner))
+    cdef int attempt, k
+    for f in range(0, t.features, 8):
+        k = <int> min(8, t.features - f)
+        store(<d8 *> pivot, f, 8, firsts(job, x, t.start + f * job.inner, k))
     for attempt in range(2):
         for f in range(t.features):
             sums[f] = no_sums()
@@ -108,8 +111,7 @@ cdef void moments_planes(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t
         for f in range(t.features):
             if cancelled(m2[f], sum2[f]):
                 pivot[f] += mean[f]
-    for f in range(t.features):
-        mean[f] += pivot[f] - origin(job, x, t.first + f)
+    place_offsets(job, x, mean, pivot, t.first, t.features)
 
 
 # --- y = (x - center) * scale + shift ------------------------------------------------------------

@@ -123,7 +123,7 @@ cdef inline Tile tile_of(const Job *job, Py_ssize_t c, Py_ssize_t g) noexcept no
 cdef void moments_rows(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t g) noexcept nogil:
     """part_a, part_b <- moments of chunk c of the features of group g."""
     cdef Tile t = tile_of(job, c, g)
-    cdef double first[TILE]         # a value of the chunk for each feature: its pivot
+    cdef double first[ROOM]         # a value of the chunk for each feature: its pivot
     cdef double pivot[ROOM]   # the same by column
     cdef double sum1[ROOM]
     cdef double sum2[ROOM]
@@ -131,9 +131,10 @@ cdef void moments_rows(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t g
     cdef double *m2 = job.part_b + c * job.features + t.first
     cdef double n = chunk_count(job, c)
     cdef Py_ssize_t f
-    cdef int attempt
-    for f in range(t.features):
-        first[f] = finite_or_zero(element(x, t.start + f * job.inner))
+    cdef int attempt, k
+    for f in range(0, t.features, 8):
+        k = <int> min(8, t.features - f)
+        store(<d8 *> first, f, 8, firsts(job, x, t.start + f * job.inner, k))
     for attempt in range(2):
         memset(pivot + t.columns, 0, PAD * sizeof(double))
         spread(<d8 *> pivot, <d8 *> first, t.features, job.inner, job.fold)
@@ -151,8 +152,7 @@ cdef void moments_rows(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t g
         for f in range(t.features):
             if cancelled(m2[f], sum2[f]):
                 first[f] += mean[f]
-    for f in range(t.features):
-        mean[f] += first[f] - origin(job, x, t.first + f)
+    place_offsets(job, x, mean, first, t.first, t.features)
 
 
 # --- Parameters by column ------------------------------------------------------------------------

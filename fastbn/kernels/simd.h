@@ -90,6 +90,11 @@ INLINE d8 d8_where_positive(d8 t, d8 g) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(t, _mm512_setzero_pd(), _CMP_NLE_UQ), g);
 }
 INLINE d8 d8_keep(d8 a, int k) { return _mm512_maskz_mov_pd(D8_FIRST(k), a); }
+INLINE d8 d8_finite_or_zero(d8 a) {
+    return _mm512_maskz_mov_pd(
+        _mm512_cmp_pd_mask(_mm512_sub_pd(a, a), _mm512_setzero_pd(), _CMP_EQ_OQ), a);
+}
+INLINE int d8_any_less(d8 a, d8 b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ) != 0; }
 
 #elif defined(__AVX2__) && (defined(__FMA__) || defined(_MSC_VER))
 #include <immintrin.h>
@@ -192,6 +197,16 @@ INLINE d8 d8_keep(d8 x, int k) {
     return d8_of(_mm256_and_pd(_mm256_castsi256_pd(MASK64(k, 0)), x.a),
                  _mm256_and_pd(_mm256_castsi256_pd(MASK64(k, 4)), x.b));
 }
+INLINE d8 d8_finite_or_zero(d8 x) {
+    const __m256d zero = _mm256_setzero_pd();
+    const d8 none = d8_sub(x, x); /* not 0 for NaN and infinities */
+    return d8_of(_mm256_and_pd(_mm256_cmp_pd(none.a, zero, _CMP_EQ_OQ), x.a),
+                 _mm256_and_pd(_mm256_cmp_pd(none.b, zero, _CMP_EQ_OQ), x.b));
+}
+INLINE int d8_any_less(d8 x, d8 y) {
+    return _mm256_movemask_pd(_mm256_or_pd(_mm256_cmp_pd(x.a, y.a, _CMP_LT_OQ),
+                                           _mm256_cmp_pd(x.b, y.b, _CMP_LT_OQ))) != 0;
+}
 
 #else
 #define FASTBN_SIMD "generic"
@@ -247,6 +262,12 @@ INLINE d8 d8_relu(d8 a) { LANE(d8, 8, 0 > a.v[i] ? 0 : a.v[i]); }
 INLINE f16 f16_where_positive(f16 t, f16 g) { LANE(f16, 16, t.v[i] <= 0 ? 0 : g.v[i]); }
 INLINE d8 d8_where_positive(d8 t, d8 g) { LANE(d8, 8, t.v[i] <= 0 ? 0 : g.v[i]); }
 INLINE d8 d8_keep(d8 a, int k) { LANE(d8, 8, i < k ? a.v[i] : 0); }
+INLINE d8 d8_finite_or_zero(d8 a) { LANE(d8, 8, a.v[i] - a.v[i] == 0 ? a.v[i] : 0); }
+INLINE int d8_any_less(d8 a, d8 b) {
+    int any = 0;
+    for (int i = 0; i < 8; i++) any |= a.v[i] < b.v[i];
+    return any;
+}
 #endif
 
 /* The sum of the lanes, in one order on every machine. */

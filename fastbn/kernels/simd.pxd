@@ -46,6 +46,8 @@ cdef extern from "simd.h" nogil:
     d8 d8_sqrt(d8 a)
     void d8_narrow(float *p, d8 a, int k)
     d8 d8_keep(d8 a, int k)
+    d8 d8_finite_or_zero(d8 a)
+    int d8_any_less(d8 a, d8 b)
     double d8_sum(d8 a)
 
 ctypedef fused pack:
