@@ -10,6 +10,7 @@ import sys
 import tempfile
 from glob import glob
 
+import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -43,6 +44,11 @@ FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
+# The oldest NumPy that a wheel runs with, whatever NumPy it is built with (from 2.0 on).
+NUMPY = [
+    ("NPY_TARGET_VERSION", "NPY_1_23_API_VERSION"),
+    ("NPY_NO_DEPRECATED_API", "NPY_1_23_API_VERSION"),
+]
 MSVC_FLAGS = {"_cpu": [], "_generic": [], "_avx2": ["/arch:AVX2"], "_avx512": ["/arch:AVX512"]}
 
 
@@ -100,7 +106,13 @@ setup(
     cmdclass={"build_ext": BuildKernels},
     ext_modules=cythonize(
         [
-            Extension(f"fastbn.kernels.{name}", [f"{KERNELS}/{name}.pyx"], depends=SOURCES)
+            Extension(
+                f"fastbn.kernels.{name}",
+                [f"{KERNELS}/{name}.pyx"],
+                depends=SOURCES,
+                include_dirs=[numpy.get_include()],
+                define_macros=NUMPY,
+            )
             for name in modules()
         ],
         compiler_directives={
