@@ -14,8 +14,9 @@ are fewer features than threads). Where features lie innermost, one feature is s
 whole array, and the array must fit, divided among the threads. What does not fit is read twice in
 units of that size, so that the second read comes from the cache or memory that holds the unit.
 
-The passes are the fastest at hand on the arrays of the case: C with and without stores that bypass
-the cache where there is a compiler, NumPy in one thread and in several, PyTorch.
+The passes are the fastest at hand on the arrays of the case: C with and without prefetches, and
+with and without stores that bypass the cache, where there is a compiler; NumPy in one thread and in
+several; PyTorch.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ Pass = Callable[[], object]
 
 _THREADED_FROM = 1 << 20  # bytes: below, handing work to a pool costs more than the pass
 _LINE = 64
+_AHEAD = 256  # lines: 16 KB
 
 
 class Limit:
@@ -116,10 +118,10 @@ def _copiers(threads: int, torch: Any | None) -> dict[str, Callable[[Array, Arra
         target, source = torch.from_numpy(y), torch.from_numpy(x)
         return lambda: target.copy_(source)
 
-    def in_c(function: Any, threads: int) -> Callable[[Array, Array], Pass]:
+    def in_c(function: Any, threads: int, ahead: int = 0) -> Callable[[Array, Array], Pass]:
         def make(y: Array, x: Array) -> Pass:
             py, px, lines = y.ctypes.data, x.ctypes.data, x.nbytes // _LINE
-            return lambda: function(py, px, lines, threads)
+            return lambda: function(py, px, lines, threads, ahead)
 
         return make
 
@@ -131,7 +133,9 @@ def _copiers(threads: int, torch: Any | None) -> dict[str, Callable[[Array, Arra
     library = _stream()
     if library is not None:
         found["C"] = in_c(library.copy_pass, threads)
+        found["C, prefetched"] = in_c(library.copy_pass, threads, _AHEAD)
         found["C, cache bypassed"] = in_c(library.copy_pass_bypass, threads)
+        found["C, cache bypassed, prefetched"] = in_c(library.copy_pass_bypass, threads, _AHEAD)
         found["C, one thread"] = in_c(library.copy_pass, 1)
     return found
 
@@ -162,14 +166,15 @@ def _readers(threads: int, torch: Any | None) -> dict[str, Callable[[Array], Pas
     if library is not None:
         function = library.read_pass
 
-        def in_c(threads: int) -> Callable[[Array], Pass]:
+        def in_c(threads: int, ahead: int = 0) -> Callable[[Array], Pass]:
             def make(x: Array) -> Pass:
                 px, lines = x.ctypes.data, x.nbytes // _LINE
-                return lambda: function(px, lines, threads)
+                return lambda: function(px, lines, threads, ahead)
 
             return make
 
         found["C"] = in_c(threads)
+        found["C, prefetched"] = in_c(threads, _AHEAD)
         found["C, one thread"] = in_c(1)
     return found
 
@@ -201,10 +206,10 @@ def _stream() -> ctypes.CDLL | None:
             return None
         library = ctypes.CDLL(str(target))
     pointer, count = ctypes.c_void_p, ctypes.c_int64
-    library.read_pass.argtypes = [pointer, count, ctypes.c_int]
+    library.read_pass.argtypes = [pointer, count, ctypes.c_int, count]
     library.read_pass.restype = ctypes.c_uint64
     for name in ("copy_pass", "copy_pass_bypass"):
         function = getattr(library, name)
-        function.argtypes = [pointer, pointer, count, ctypes.c_int]
+        function.argtypes = [pointer, pointer, count, ctypes.c_int, count]
         function.restype = None
     return library

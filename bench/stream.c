@@ -4,6 +4,9 @@
  * copy_pass         ordinary stores: each line of y is read from memory before it is overwritten
  * copy_pass_bypass  stores that bypass the cache: y is written only
  *
+ * Each takes a distance: how many lines ahead to prefetch into the second-level cache, 0 for what the
+ * hardware does by itself. Which is faster depends on the machine, so limit.py tries both.
+ *
  * Work is cut into one contiguous range per thread. n counts 64-byte lines; x and y are aligned to
  * 64 bytes. Built by limit.py with -O3 -march=native -fopenmp.
  */
@@ -22,7 +25,7 @@ static void range(int64_t n, int64_t *first, int64_t *last)
     *last = n * (id + 1) / count;
 }
 
-uint64_t read_pass(const line *x, int64_t n, int threads)
+uint64_t read_pass(const line *x, int64_t n, int threads, int64_t ahead)
 {
     uint64_t total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
@@ -31,6 +34,8 @@ uint64_t read_pass(const line *x, int64_t n, int threads)
         line s[4] = {{0}};
         range(n, &i, &last);
         for (; i + 4 <= last; i += 4) {
+            for (int k = 0; ahead && k < 4; k++)
+                __builtin_prefetch(&x[i + k + ahead], 0, 2);
             s[0] += x[i];
             s[1] += x[i + 1];
             s[2] += x[i + 2];
@@ -45,12 +50,18 @@ uint64_t read_pass(const line *x, int64_t n, int threads)
     return total;
 }
 
-void copy_pass(line *restrict y, const line *restrict x, int64_t n, int threads)
+void copy_pass(line *restrict y, const line *restrict x, int64_t n, int threads, int64_t ahead)
 {
 #pragma omp parallel num_threads(threads)
     {
         int64_t i, last;
         range(n, &i, &last);
+        if (ahead) {
+            for (; i < last; i++) {
+                __builtin_prefetch(&x[i + ahead], 0, 2);
+                y[i] = x[i];
+            }
+        }
         for (; i < last; i++)
             y[i] = x[i];
     }
@@ -73,14 +84,18 @@ static void store_bypassing(line *y, line value)
 #endif
 }
 
-void copy_pass_bypass(line *restrict y, const line *restrict x, int64_t n, int threads)
+void copy_pass_bypass(line *restrict y, const line *restrict x, int64_t n, int threads,
+                      int64_t ahead)
 {
 #pragma omp parallel num_threads(threads)
     {
         int64_t i, last;
         range(n, &i, &last);
-        for (; i < last; i++)
+        for (; i < last; i++) {
+            if (ahead)
+                __builtin_prefetch(&x[i + ahead], 0, 2);
             store_bypassing(&y[i], x[i]);
+        }
 #if defined(__SSE2__)
         _mm_sfence();
 #endif

@@ -147,7 +147,7 @@ cdef inline d8 or_else(Vector values, Py_ssize_t f, int k, double default) noexc
 
 
 cdef inline d8 by_unit(const Job *job, d8 value, d8 unit) noexcept nogil:
-    """value / unit; divisions are most of what parameters cost, and this one is nearly always by 1."""
+    """value / unit. Divisions are most of what parameters cost, and this is nearly always by 1."""
     return d8_div(value, unit) if job.extreme[0] else value
 
 

@@ -182,7 +182,9 @@ cdef void cut(Job *job, int itemsize, int threads, const void *y) noexcept nogil
     bytes_ = job.outer * job.inner * job.group * itemsize
     if job.operation != FORWARD:
         bytes_ *= 2
-    if job.own and job.operation != NORMALIZE:
+    if job.rows and job.inner > 1:
+        job.ahead = job.group * job.inner           # worked on tile by tile, and so is the next one
+    elif job.own and job.operation != NORMALIZE:
         # While one group's result is written the next group is read into the caches: memory is
         # read and written at once, and the next sums need not wait for it.
         job.ahead = job.group * job.inner if bytes_ <= 4 * L2_BYTES else 0
