@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import sys
 from pathlib import Path
 
 # Where each runtime looks for its number of threads. NPROC is XLA's.
@@ -77,7 +78,11 @@ def cache_bytes(level: int, default: int) -> int:
 
 
 def machine(threads: int) -> dict[str, object]:
-    """What a reader needs to judge the numbers; no host name and no path."""
+    """What a reader needs to judge the numbers; no host name and no path.
+
+    ``isa`` is the instruction set that fastbn runs on: empty before fastbn is imported.
+    """
+    kernels = getattr(sys.modules.get("fastbn._runtime"), "kernels", None)
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -86,6 +91,7 @@ def machine(threads: int) -> dict[str, object]:
         "l3_bytes": cache_bytes(3, 32 << 20),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
+        "isa": getattr(kernels, "simd", ""),
         "fastbn_isa": os.environ.get("FASTBN_ISA", ""),
     }
 

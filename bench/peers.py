@@ -214,6 +214,9 @@ class StandardScaler(Peer):
 # number of threads must be in the environment before.
 PEERS = {
     "fastbn": "peers:FastBN",
+    "fastbn:serial": "variants:Serial",
+    "fastbn:avx2": "variants:AVX2",
+    "fastbn:generic": "variants:Generic",
     "torch": "peers_torch:Eager",
     "compile": "peers_torch:Compiled",
     "xla": "peers_xla:XLA",
@@ -222,6 +225,8 @@ PEERS = {
     "numpy": "peers:NumPy",
 }
 SLOW_TO_PREPARE = ("compile",)
+VARIANTS = tuple(name for name in PEERS if name.startswith("fastbn:"))
+DEFAULT = tuple(name for name in PEERS if name not in (*SLOW_TO_PREPARE, *VARIANTS))
 
 
 def load(names: list[str], threads: int) -> tuple[dict[str, Peer], dict[str, str]]:

@@ -25,7 +25,7 @@ from records import (
     time_of,
     values,
 )
-from report import LABELS, TITLES
+from report import LABELS, TITLES, other_load
 
 # Okabe and Ito's colours, told apart by most colour-blind readers, and a marker each.
 STYLE = {
@@ -172,18 +172,39 @@ def sweeps(data: Record, statistic: str, stem: str, kind: str) -> list[tuple[str
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter(lambda value, _: "")
             axes.grid(which="both", color="#E5E5E5", linewidth=0.6)
             axes.set_axisbelow(True)
-            amount = f"about {data['size']:,} values"
-            axes.set_title(f"{data['sweeps'][sweep]}, {amount}, {dtype}")
-            axes.set_xlabel(sweep)
+            varied = sweep == "size"
+            amount = "" if varied else f", about {data['size']:,} values"
+            axes.set_title(f"{data['sweeps'][sweep]}{amount}, {dtype}")
+            axes.set_xlabel("values in x" if varied else sweep)
             axes.set_ylabel("ns per value")
             axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         file = f"{stem}-sweep-{dtype}.{kind}"
         _save(figure, file)
-        drawn.append((file, f"Time per value at a fixed size, {dtype}"))
+        drawn.append((file, _sweep_caption(data, kinds, statistic, dtype)))
     return drawn
+
+
+def _sweep_caption(data: Record, kinds: list[str], statistic: str, dtype: str) -> str:
+    """What was varied, what was fixed, and which statistic of how much is shown."""
+    fixed = [kind for kind in kinds if kind != "size"]
+    parts = [f"over {', '.join(fixed)} with x of about {data['size']:,} values"] if fixed else []
+    sizes = [point["at"] for point in data["points"] if point["sweep"] == "size"]
+    if sizes:
+        parts.append(f"over x of {min(sizes):,} to {max(sizes):,} values with 64 features")
+    shown = {"median": "median", "min": "minimum"}[statistic]
+    passes = f"{data['passes']} passes" if data.get("passes", 1) > 1 else "one pass"
+    machine = data["machine"]
+    threads = "one thread" if machine.get("threads") == 1 else f"{machine.get('threads')} threads"
+    return (
+        f"Time per value {', and '.join(parts)}; {dtype}, {threads}, "
+        f"the {shown} over the rounds of {passes} through all shapes; other processes used "
+        f"{other_load(machine)} of the cores"
+    )
 
 
 _COLORS = dict(zip(OPERATIONS, ("#0072B2", "#009E73", "#D55E00", "#CC79A7"), strict=True))

@@ -39,7 +39,8 @@ def _from_pytest(data: Record) -> Record:
     versions: dict[str, str] = {}
     for benchmark in data["benchmarks"]:
         info = benchmark["extra_info"]
-        first = first or info
+        if not first.get("machine", {}).get("isa"):  # not known before fastbn is loaded
+            first = info
         versions |= info.get("versions", {})
         key = tuple(info[k] for k in ("operation", "case", "dtype"))
         keep = ("operation", "case", "shape", "layout", "dtype", "nbytes", "set")
@@ -70,11 +71,11 @@ def time_of(group: Record, contender: str) -> float | None:
 
 
 def fastest_peer(group: Record) -> str | None:
-    """The fastest contender besides fastbn whose result is right."""
+    """The fastest contender whose result is right, fastbn and its variants left out."""
     times = {
         name: entry["us"]
         for name, entry in group["contenders"].items()
-        if name != SUBJECT and "us" in entry and entry["right"]
+        if not name.startswith(SUBJECT) and "us" in entry and entry["right"]
     }
     return min(times, key=lambda name: times[name]) if times else None
 
@@ -98,8 +99,17 @@ def geometric_mean(values: Iterable[float | None]) -> float | None:
 
 
 def contenders(run: Record) -> list[str]:
-    """Names in the order of the run, fastbn first."""
-    names: dict[str, None] = {SUBJECT: None}
+    """fastbn and its peers in the order of the run, fastbn first."""
+    return [SUBJECT, *(name for name in _timed(run) if not name.startswith(SUBJECT))]
+
+
+def variants(run: Record) -> list[str]:
+    """What was measured of fastbn restricted: one thread, another instruction set."""
+    return [name for name in _timed(run) if name.startswith(SUBJECT + ":")]
+
+
+def _timed(run: Record) -> list[str]:
+    names: dict[str, None] = {}
     for group in run["groups"]:
         names |= dict.fromkeys(n for n, e in group["contenders"].items() if "us" in e)
     return list(names)

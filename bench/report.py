@@ -2,20 +2,20 @@
 
 python bench/report.py run.json                                print the tables
 python bench/report.py run.json -o docs/benchmarks.md          with plots beside the page
-python bench/report.py run.json --compare "1 thread=serial.json" --sweep sweep.json -o ...
+python bench/report.py run.json --sweep sweep.json --orders orders.json -o ...
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
 from records import (
     BIG,
     OPERATIONS,
-    SUBJECT,
     Record,
     contenders,
     fastest_peer,
@@ -26,10 +26,14 @@ from records import (
     select,
     time_of,
     values,
+    variants,
 )
 
 LABELS = {
     "fastbn": "fastbn",
+    "fastbn:serial": "fastbn, one thread",
+    "fastbn:avx2": "fastbn, AVX2 alone",
+    "fastbn:generic": "fastbn, generic",
     "torch": "PyTorch eager",
     "compile": "torch.compile",
     "xla": "XLA",
@@ -52,9 +56,9 @@ def main() -> None:
     add = parser.add_argument
     add("run", help="JSON of run.py or of pytest-benchmark")
     add("-o", "--output", help="a Markdown file; the plots go beside it")
-    add("--compare", action="append", default=[], metavar="LABEL=RUN", help="another run of fastbn")
     add("--statistic", default="median", choices=("median", "min"), help="min: a busy machine")
     add("--sweep", help="JSON of sweep.py, to plot")
+    add("--orders", help="JSON of orders.py")
     add("--format", default="svg", choices=("svg", "png"), help="of the plots")
     options = parser.parse_args()
 
@@ -76,9 +80,10 @@ def main() -> None:
             groups = select(run, dtype=dtype, operation=operation)
             if groups:
                 parts.append(table(f"{TITLES[operation]}, {dtype}", groups, contenders(run)))
-    for item in options.compare:
-        label, _, path = item.partition("=")
-        parts.append(comparison(label, run, load(path, options.statistic)))
+    parts.append(against_itself(run))
+    if options.orders:
+        measured = json.loads(Path(options.orders).read_text())
+        parts.append(memory_orders(measured, options.statistic))
     parts += [accuracy(run), skipped(run)]
     page = "\n\n".join(part for part in parts if part) + "\n"
     if options.output:
@@ -100,18 +105,20 @@ def head(run: Record) -> str:
         "",
         f"- machine: {machine.get('cpu')}, {machine.get('cores')} cores, "
         f"{machine.get('l2_bytes', 0) >> 10} KB L2 a core, "
-        f"{machine.get('l3_bytes', 0) >> 20} MB L3, {machine.get('system')}",
+        f"{machine.get('l3_bytes', 0) >> 20} MB L3, {machine.get('system')}; "
+        f"fastbn on {machine.get('isa') or 'an instruction set that was not recorded'}",
         f"- threads: {machine.get('threads')}, for every contender"
         + (f"; FASTBN_ISA={machine['fastbn_isa']}" if machine.get("fastbn_isa") else ""),
         f"- versions: {versions}; Python {machine.get('python')}",
         f"- OpenMP in the process: {', '.join(run.get('openmp', [])) or 'not recorded'}",
-        f"- date: {run['date']}; other processes used {_load(machine)} of the cores meanwhile",
+        f"- date: {run['date']}; other processes used {other_load(machine)} of the cores meanwhile",
         f"- command: `{run['command']}`",
     ]
     return "\n".join(lines)
 
 
-def _load(machine: Record) -> str:
+def other_load(machine: Record) -> str:
+    """How much of the cores others used during a run: what its medians are worth."""
     share = machine.get("other_load")
     return "an unknown share" if share is None else f"{share:.0%}"
 
@@ -119,11 +126,11 @@ def _load(machine: Record) -> str:
 def summary(run: Record) -> str:
     """Geometric means and worst cases, one row per dtype, operation and set of shapes."""
     head_row = (
-        "| dtype | operation | shapes | over the fastest peer | worst | over PyTorch eager "
-        "| over scikit-learn | over NumPy "
+        "| dtype | operation | shapes | over the fastest peer | worst "
+        "| shapes slower than a peer | over PyTorch eager | over scikit-learn | over NumPy "
         f"| of the limit, x of {BIG // 1_000_000} MB and more | worst |"
     )
-    rows = [head_row, "| --- | --- | --- |" + " ---: |" * 7]
+    rows = [head_row, "| --- | --- | --- |" + " ---: |" * 8]
     for dtype in values(run, "dtype"):
         for operation in OPERATIONS:
             for name in values(run, "set"):
@@ -145,6 +152,7 @@ def _means(groups: list[Record]) -> list[str]:
     return [
         _ratio(geometric_mean(best)),
         _ratio(min((r for r in best if r), default=None)),
+        str(sum(r < 1 for r in best if r)) if any(best) else "—",
         *(
             _ratio(geometric_mean(over(g, n) for g in groups))
             for n in ("torch", "sklearn", "numpy")
@@ -195,24 +203,67 @@ def _ratio(value: float | None) -> str:
     return "—" if value is None else f"{value:.2f}"
 
 
-def comparison(label: str, run: Record, other: Record) -> str:
-    """fastbn's time in another run (fewer threads, another instruction set) over its time here."""
-    index = {(g["case"], g["dtype"], g["operation"]): g for g in other["groups"]}
+def against_itself(run: Record) -> str:
+    """fastbn with one thread or other instructions, beside fastbn in the same rounds."""
+    parts = [
+        "## fastbn against itself",
+        "The time of fastbn restricted, divided by fastbn's in the tables above; measured in the "
+        "same\nrounds. Above 1, the restricted one is slower. What puts the restriction on and "
+        "takes it off\nis in its time, and shows in calls of a microsecond or two.",
+    ]
+    parts += [_variant(run, name) for name in variants(run)]
+    return "\n\n".join(parts) if len(parts) > 2 else ""
+
+
+def _variant(run: Record, name: str) -> str:
     rows: dict[tuple[str, str], dict[str, float | None]] = {}
     for group in run["groups"]:
-        match = index.get((group["case"], group["dtype"], group["operation"]))
-        here, there = time_of(group, SUBJECT), match and time_of(match, SUBJECT)
-        if here and there:
-            row = rows.setdefault((group["case"], group["dtype"]), {})
-            row[group["operation"]] = there / here
-    lines = ["| x | dtype | " + " | ".join(TITLES[o] for o in OPERATIONS) + " |"]
-    lines.append("| --- | --- |" + " ---: |" * len(OPERATIONS))
+        row = rows.setdefault((group["case"], group["dtype"]), {})
+        row[group["operation"]] = over(group, name)
+    shown = [o for o in OPERATIONS if any(o in row for row in rows.values())]
+    lines = ["| x | dtype | " + " | ".join(TITLES[o] for o in shown) + " |"]
+    lines.append("| --- | --- |" + " ---: |" * len(shown))
     for (case, dtype), row in rows.items():
-        lines.append(f"| {case} | {dtype} | " + _cells(row.get(o) for o in OPERATIONS))
-    means = [geometric_mean(row.get(o) for row in rows.values()) for o in OPERATIONS]
+        lines.append(f"| {case} | {dtype} | " + _cells(row.get(o) for o in shown))
+    means = [geometric_mean(row.get(o) for row in rows.values()) for o in shown]
     lines.append("| geometric mean | | " + _cells(means))
-    text = f"fastbn's time with {label} divided by its time in the tables above."
-    return f"## {label}\n\n{text}\n\n" + "\n".join(lines)
+    title = LABELS.get(name, name).partition(", ")[2] or name
+    return f"### {title[0].upper()}{title[1:]}\n\n" + "\n".join(lines)
+
+
+def memory_orders(data: Record, statistic: str) -> str:
+    """The table of orders.py: time over that of C order, and peak of memory over x."""
+    cells: dict[tuple[str, str], dict[str, Record]] = {}
+    for row in data["rows"]:
+        cells.setdefault((row["order"], row["dtype"]), {})[row["operation"]] = row
+    shown = [o for o in OPERATIONS if any(o in row for row in cells.values())]
+    header = [f"{TITLES[o]}: {what}" for o in shown for what in ("time", "memory")]
+    lines = ["| order | dtype | " + " | ".join(header) + " |"]
+    lines.append("| --- | --- |" + " ---: |" * len(header))
+    base = {dtype: row for (_, dtype), row in reversed(cells.items())}  # the first order is C
+    for (order, dtype), row in cells.items():
+        line = f"| {order} | {dtype} |"
+        for operation in shown:
+            mine, other = row.get(operation), base[dtype].get(operation)
+            ratio = mine[f"{statistic}_us"] / other[f"{statistic}_us"] if mine and other else None
+            known = mine is not None and mine["peak_bytes"] is not None
+            extra = mine["peak_bytes"] / mine["nbytes"] if mine and known else None
+            line += f" {_ratio(ratio)} | {_ratio(extra)} |"
+        lines.append(line)
+    machine, shape = data["machine"], "x".join(map(str, data["shape"]))
+    sizes = {row["dtype"]: row["nbytes"] for row in data["rows"]}
+    megabytes = ", ".join(f"{n / 1e6:.3g} MB in {dtype}" for dtype, n in sizes.items())
+    shown_as = {"median": "median", "min": "minimum"}[statistic]
+    text = (
+        f"x is {shape} ({megabytes}), features on axis 1. *Time*: the {shown_as} over that of C "
+        "order in the same dtype, measured in the same rounds. *Memory*: what the process holds at "
+        "most during a call beside the arrays that it was given, in multiples of x (of x in "
+        "float64, where it holds integers). dy and out lie as x does where it is a dense array. "
+        f"{machine.get('threads')} threads, {machine.get('isa')}, {data['date']}, other processes "
+        f"used {other_load(machine)} of the cores; `{data['command'].strip()}`."
+    )
+    text = textwrap.fill(text, 100, break_on_hyphens=False)
+    return "## Memory orders\n\n" + text + "\n\n" + "\n".join(lines)
 
 
 def _cells(ratios: Iterable[float | None]) -> str:

@@ -5,7 +5,10 @@
     python bench/run.py --quick -o run.json                 a first look
     python bench/run.py --peers fastbn,torch,compile ...    with torch.compile, slow to prepare
 
-The number of threads belongs to the process: run again with --threads 1 for the serial numbers.
+    python bench/run.py --variants -o run.json              and fastbn beside itself, restricted
+
+The number of threads belongs to the process, and is the same for every contender but the variant
+of fastbn with one thread.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="float32,float64", help="%(default)s")
     add("--peers", help="contenders (default: all but compile); fastbn is always one")
     add("--compile", action="store_true", help="add torch.compile: half a minute a case")
+    add("--variants", action="store_true", help="add fastbn: one thread, other instruction sets")
     add("--threads", type=int, default=2)
     add("--quick", action="store_true", help="few rounds")
     add("--budget", type=float, help="seconds for one case and operation (3; quick: 0.6)")
@@ -57,12 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     import shapes
     from arrays import Data
 
-    names = options.peers.split(",") if options.peers else list(peers.PEERS)
-    if not options.peers and not options.compile:
-        names = [name for name in names if name not in peers.SLOW_TO_PREPARE]
-    elif options.compile and "compile" not in names:
-        names.append("compile")
-    names = ["fastbn", *(name for name in names if name != "fastbn")]
+    chosen = options.peers.split(",") if options.peers else peers.DEFAULT
+    variants = peers.VARIANTS if options.variants else ()
+    slow = peers.SLOW_TO_PREPARE if options.compile else ()
+    names = list(dict.fromkeys(["fastbn", *variants, *chosen, *slow]))
     try:
         cases = shapes.select(options.set)
         found, missing = peers.load(names, options.threads)
@@ -95,7 +97,8 @@ def main(argv: list[str] | None = None) -> int:
             for record in measure_case(data, options.ops.split(","), found, plan):
                 record["set"] = group
                 run["groups"].append(record)
-                wrong |= record["contenders"].get("fastbn", {}).get("right") is not True
+                mine = [e for n, e in record["contenders"].items() if n.startswith("fastbn")]
+                wrong |= any(entry.get("right") is not True for entry in mine)
             run["machine"]["other_load"] = load.share()
             # Written after every case: a run that is stopped keeps what it has.
             Path(options.output).write_text(json.dumps(run, separators=(",", ":")) + "\n")

@@ -31,7 +31,7 @@ SMOKE_PEERS = ("fastbn", "torch", "onednn", "sklearn", "numpy")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     smoke = metafunc.config.getoption("--smoke")
     cases = shapes.select("smoke" if smoke else metafunc.config.getoption("--bench-set"))
-    names = SMOKE_PEERS if smoke else [n for n in peers.PEERS if n not in peers.SLOW_TO_PREPARE]
+    names = SMOKE_PEERS if smoke else peers.DEFAULT
     # The last one varies fastest: the contenders of a case follow each other and share its arrays.
     metafunc.parametrize(("group", "case"), cases, ids=[case.name for _, case in cases])
     metafunc.parametrize("dtype", shapes.DTYPES)

@@ -53,10 +53,7 @@ class Layout(NamedTuple):
 
 def layout_of(a: Array, axis: int) -> Layout:
     """The layout of a non-empty array. `axis` is not negative."""
-    # Axes of length 1 lie anywhere; by a wide stride they come first, and split no run.
-    order = sorted(
-        range(a.ndim), key=lambda k: abs(a.strides[k]) if a.shape[k] > 1 else math.inf, reverse=True
-    )
+    order = sorted(range(a.ndim), key=lambda k: _width(a, k), reverse=True)
     ordered = tuple(a.shape[k] for k in order)
     if a.ndim == 1 or a.shape[axis] == 1:
         shape = (1, 1, a.size)  # one feature: one long run
@@ -64,6 +61,15 @@ def layout_of(a: Array, axis: int) -> Layout:
         at = order.index(axis)
         shape = (math.prod(ordered[:at]), a.shape[axis], math.prod(ordered[at + 1 :]))
     return Layout(tuple(order), ordered, shape)
+
+
+def _width(a: Array, k: int) -> float:
+    """How far apart the elements along an axis lie."""
+    if a.shape[k] == 1:
+        return math.inf  # anywhere: as the widest, it comes first and splits no run
+    if a.strides[k] == 0:  # broadcast, and copied: as in C order, where dy and out are likely to be
+        return math.prod(a.shape[k + 1 :]) * a.itemsize
+    return abs(a.strides[k])
 
 
 class Target:

@@ -61,7 +61,7 @@ class Moments:
     def _wrap(cls, table: Array) -> Self:
         """From a table that nobody else holds, unchecked and uncopied."""
         self = cls.__new__(cls)
-        table.setflags(False)  # a third of the time of `flags.writeable = False`
+        table.setflags(False)  # type: ignore[call-arg]  # a third of the time of flags.writeable
         self._table = table
         return self
 

@@ -38,6 +38,8 @@ LARGE = {
     "rows, one tile": ((1301, 257), 1),
     "rows, tiles, own": ((67, 4099), 1),
     "rows, tiles, own, chunks": ((401, 1003), 1),
+    "rows, own, one chunk, wide": ((9, 17011), 1),
+    "rows, more than one block of columns": ((700, 2111), 1),
     "rows, runs": ((1001, 5, 60), 1),
     "rows, tiles of runs, own": ((67, 90, 50), 1),
     "rows, tiles of runs, own, chunks": ((150, 90, 50), 1),

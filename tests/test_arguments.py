@@ -214,6 +214,25 @@ def test_bad_out(name):
         np.testing.assert_array_equal(np.array(out), before)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_parameters_in_float32(dtype, simd):
+    """The kernels read gamma and beta in either dtype; the values are the same, so the bits are."""
+    rng = np.random.default_rng(5)
+    x, dy = (rng.standard_normal((5, 21)).astype(dtype) for _ in range(2))
+    single = [rng.uniform(0.5, 2, 21).astype(np.float32) for _ in range(4)]
+    double = [a.astype(np.float64) for a in single]
+
+    def results(gamma, beta, mean, var):
+        stats, relu = (mean, var), {"activation": "relu"}
+        return bits(
+            *simd.batch_norm(x, gamma, beta),
+            simd.normalize(x, stats, gamma, beta),
+            *simd.batch_norm_backward(dy, x, stats, gamma, beta, **relu),
+        )
+
+    assert results(*single) == results(*double)
+
+
 def test_a_one_dimensional_axis():
     refused(*[(ValueError, "axis", lambda k=k: fastbn.moments([1.0, 2.0], axis=k))
               for k in (2, -2, -3)])  # fmt: skip

@@ -8,6 +8,7 @@ from helpers import bits, cases, make, parameters
 
 import fastbn
 from fastbn import reference
+from fastbn._layout import layout_of
 
 SHAPES = [
     ((33, 7), 1), ((33, 7), 0), ((130, 3), 1), ((5, 3, 6), 1), ((3, 4, 5, 6), 1),
@@ -134,6 +135,13 @@ def test_broadcast_arrays(axis, fixed):
     for a in check_against_reference([x, dy, x], *parameters(shape, axis), axis, 1e-12):
         assert is_dense(a)
     np.testing.assert_array_equal(part, before)
+
+
+@pytest.mark.parametrize("part", [(1, 5, 7), (3, 1, 7), (3, 5, 1), (1, 5, 1), (1, 1, 1)])
+def test_broadcast_arrays_are_copied_in_c_order(part):
+    """dy and out are likely to be in C order, and are then used as they are."""
+    x = np.broadcast_to(np.zeros(part), (3, 5, 7))
+    assert layout_of(x, 1).order == (0, 1, 2)
 
 
 @pytest.mark.parametrize("arrangement", WRITEABLE)

@@ -118,28 +118,38 @@ cdef void work_by_features(const Job *job, const Arrays *a, const pack *x, int r
                 apply(job, a, x, c, g)
 
 
-cdef void apply_shared_rows(const Job *job, const Arrays *a, const pack *x, int rank,
-                            int size) noexcept nogil:
-    """One thread's rows, from the last block to the first.
+cdef void apply_whole_rows(const Job *job, const Arrays *a, const pack *x, Py_ssize_t r0,
+                           Py_ssize_t r1) noexcept nogil:
+    """Rows [r0, r1), as wide as parameters by column allow.
 
-    Whole rows, as far as parameters by column allow: a tile's short pieces of rows, with a jump
-    after each, took twice as long to write to memory.
+    A tile's short pieces of rows, with a jump after each, took twice as long to write to memory.
     """
-    cdef Py_ssize_t first = share(job.length, rank, size), r0, r1, f
-    cdef Py_ssize_t wide = job.group, block = job.chunk
-    if job.fold == 1 and job.inner == 1:
-        wide = min(job.features, WIDE)
-        block = max(1, CHUNK // wide)
-    r1 = share(job.length, rank + 1, size)
-    if job.operation == NORMALIZE and wide == job.features:
-        block = job.length                          # nothing was read before: as memory lies
+    cdef Py_ssize_t f = 0
+    cdef Py_ssize_t wide = WIDE if job.fold == 1 and job.inner == 1 else job.group
+    while f < job.features:
+        apply_rows(job, a, x, tile_of_rows(job, r0, r1, f, min(f + wide, job.features)))
+        f += wide
+
+
+cdef void write_rows(const Job *job, const Arrays *a, const pack *x, int rank,
+                     int size) noexcept nogil:
+    """One thread's rows, the last block first, as in `work_by_features`."""
+    cdef Py_ssize_t first = share(job.length, rank, size), r0
+    cdef Py_ssize_t r1 = share(job.length, rank + 1, size)
     while r1 > first:
-        r0 = max(first, r1 - block)
-        f = 0
-        while f < job.features:
-            apply_rows(job, a, x, tile_of_rows(job, r0, r1, f, min(f + wide, job.features)))
-            f += wide
+        r0 = max(first, r1 - max(1, CHUNK // min(job.width, WIDE)))
+        apply_whole_rows(job, a, x, r0, r1)
         r1 = r0
+
+
+cdef void frozen_rows(const Job *job, const Arrays *a, const pack *x, int rank,
+                      int size) noexcept nogil:
+    """Chunk by chunk: sums, and dx while dy is still in cache, which needs no sums."""
+    cdef Py_ssize_t c, g
+    for c in range(share(job.chunks, rank, size), share(job.chunks, rank + 1, size)):
+        for g in range(job.groups):
+            reduce(job, a, x, c, g)
+        apply_whole_rows(job, a, x, c * job.chunk, min((c + 1) * job.chunk, job.length))
 
 
 cdef void work_together(const Job *job, const Arrays *a, const pack *x, int rank,
@@ -152,12 +162,15 @@ cdef void work_together(const Job *job, const Arrays *a, const pack *x, int rank
     prepare(job, x, f0, f1)
     if size > 1 and job.operation != MOMENTS and job.operation != FORWARD:
         team_barrier()
-    if job.operation != NORMALIZE:
+    if job.operation == FROZEN and job.rows:
+        frozen_rows(job, a, x, rank, size)
+    elif job.operation != NORMALIZE:
         for i in range(first, last):
             piece_of(job, i, &c, &g)
             reduce(job, a, x, c, g)
             if job.operation == FROZEN:
                 apply(job, a, x, c, g)
+    if job.operation != NORMALIZE:
         if size > 1:
             team_barrier()
         finish(job, x, f0, f1)
@@ -166,8 +179,8 @@ cdef void work_together(const Job *job, const Arrays *a, const pack *x, int rank
     if size > 1 and job.operation != NORMALIZE:
         team_barrier()
     if job.rows:
-        apply_shared_rows(job, a, x, rank, size)
-    elif job.operation == NORMALIZE:
+        write_rows(job, a, x, rank, size)
+    elif job.operation == NORMALIZE:                # as memory lies: nothing was read before
         for i in range(first, last):
             piece_of(job, i, &c, &g)
             apply(job, a, x, c, g)
