@@ -53,7 +53,7 @@ LARGE = {
 }
 
 # What takes more than that, in float32 alone: tiles that do not fit in a cache, and results beyond
-# 16 MB, which are written past the caches (with rows that start at any address).
+# 10 MB, which are written past the caches (with rows that start at any address).
 TALL = {"rows, tiles, two-phase": ((3101, 515), 1)}
 STREAMED = {"rows, streamed": ((17011, 257), 1), "planes, streamed": ((5, 3, 300007), 1)}
 BIG = {**LARGE, **TALL, **STREAMED}

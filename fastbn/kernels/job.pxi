@@ -28,7 +28,7 @@ cdef enum:
     GRAIN = 32768       # elements that make it worth to wake another thread
     L2_BYTES = 819200   # what of a core's second-level cache one group's data may fill
 
-    STREAM_BYTES = 16777216     # results larger than this bypass the caches: nobody reads them soon
+    STREAM_BYTES = 10485760     # results larger than this bypass the caches: nobody reads them soon
 
 cdef enum Operation:
     MOMENTS             # mean, m2 <- x
