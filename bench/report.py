@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
+from by_kernel import by_kernel
 from records import (
     BIG,
     OPERATIONS,
@@ -58,12 +59,14 @@ def main() -> None:
     add("-o", "--output", help="a Markdown file; the plots go beside it")
     add("--statistic", default="median", choices=("median", "min"), help="min: a busy machine")
     add("--sweep", help="JSON of sweep.py, to plot")
+    # Its points are minutes apart, and medians would show the phases of a shared machine.
+    add("--sweep-statistic", default="min", choices=("median", "min"), help="%(default)s")
     add("--orders", help="JSON of orders.py")
     add("--format", default="svg", choices=("svg", "png"), help="of the plots")
     options = parser.parse_args()
 
     run = load(options.run, options.statistic)
-    parts = [head(run), summary(run)]
+    parts = [head(run), summary(run), by_kernel(run)]
     plots: list[tuple[str, str]] = []
     if options.output:
         import plots as drawing
@@ -73,7 +76,7 @@ def main() -> None:
         plots = drawing.figures(run, str(stem), options.format)
         if options.sweep:
             points = json.loads(Path(options.sweep).read_text())
-            plots += drawing.sweeps(points, options.statistic, str(stem), options.format)
+            plots += drawing.sweeps(points, options.sweep_statistic, str(stem), options.format)
     parts += [f"![{caption}]({Path(file).name})\n\n{caption}." for file, caption in plots]
     for dtype in values(run, "dtype"):
         for operation in OPERATIONS:
@@ -128,9 +131,10 @@ def summary(run: Record) -> str:
     head_row = (
         "| dtype | operation | shapes | over the fastest peer | worst "
         "| shapes slower than a peer | over PyTorch eager | over scikit-learn | over NumPy "
-        f"| of the limit, x of {BIG // 1_000_000} MB and more | worst |"
+        f"| of the limit, x of {BIG // 1_000_000} MB and more | worst "
+        "| PyTorch eager over the limit |"
     )
-    rows = [head_row, "| --- | --- | --- |" + " ---: |" * 8]
+    rows = [head_row, "| --- | --- | --- |" + " ---: |" * 9]
     for dtype in values(run, "dtype"):
         for operation in OPERATIONS:
             for name in values(run, "set"):
@@ -141,7 +145,7 @@ def summary(run: Record) -> str:
     text = (
         "Geometric means. *Over a peer*: its time divided by fastbn's, so more is better. *Of the\n"
         "limit*: fastbn's time divided by that of the compulsory memory traffic; 1 is the best "
-        "possible."
+        "possible,\nand the last column is what *over PyTorch eager* would be then."
     )
     return "## Summary\n\n" + text + "\n\n" + "\n".join(rows)
 
@@ -159,7 +163,13 @@ def _means(groups: list[Record]) -> list[str]:
         ),
         _ratio(geometric_mean(big)),
         _ratio(max((r for r in big if r), default=None)),
+        _ratio(geometric_mean(_torch_over_limit(g) for g in groups)),
     ]
+
+
+def _torch_over_limit(group: Record) -> float | None:
+    torch, limit = time_of(group, "torch"), time_of(group, "limit")
+    return torch / limit if torch and limit else None
 
 
 def table(title: str, groups: list[Record], names: list[str]) -> str:
