@@ -1,7 +1,7 @@
 """Compare builds of the kernels, interleaved in one process: before and after a change.
 
-    cp fastbn/kernels/_avx2*.so /tmp/before/                     # then change, build, and
-    python bench/builds.py before=/tmp/before after=fastbn/kernels --case 14x14
+    mkdir before && cp fastbn/kernels/_avx2*.so before/          # then change, build, and
+    python bench/builds.py before=before after=fastbn/kernels --case 14x14
 
 A build is a folder with a compiled module of the instruction set. Prints the median time of each
 and the first one's over the last one's. Results are not checked here: the tests do that.
