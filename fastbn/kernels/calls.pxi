@@ -153,10 +153,12 @@ cdef bint per_feature(Call *call, object array, int slot, Vector *vector) except
     return True
 
 
-cdef double *as_doubles(Vector vector, double *room, Py_ssize_t n) noexcept:
-    cdef Py_ssize_t f
+cdef double *as_doubles(Call *call, Vector vector, int slot) noexcept:
+    """A float64 vector itself, or one of float32 converted in its slot of call.vectors."""
+    cdef Py_ssize_t f, n = call.job.features
     if vector.doubles != NULL:
         return <double *> vector.doubles
+    cdef double *room = call.vectors + slot * n
     for f in range(n):
         room[f] = vector.floats[f]
     return room
@@ -172,10 +174,11 @@ cdef bint statistics(Call *call, object mean, object var) except -1:
         if (mean is None or not per_feature(call, mean, 2, &given[0])
                 or not per_feature(call, var, 3, &given[1])):
             return False
-        call.vectors = <double *> allocate(2 * n * sizeof(double))
+        if given[0].floats != NULL or given[1].floats != NULL:
+            call.vectors = <double *> allocate(2 * n * sizeof(double))
         call.job.n = 1
-        call.job.mean = as_doubles(given[0], call.vectors, n)
-        call.job.m2 = as_doubles(given[1], call.vectors + n, n)
+        call.job.mean = as_doubles(call, given[0], 0)
+        call.job.m2 = as_doubles(call, given[1], 1)
         for f in range(n):
             negative += call.job.m2[f] < 0
         return negative == 0

@@ -122,7 +122,8 @@ cdef void apply_whole_rows(const Job *job, const Arrays *a, const pack *x, Py_ss
                            Py_ssize_t r1) noexcept nogil:
     """Rows [r0, r1), as wide as parameters by column allow.
 
-    A tile's short pieces of rows, with a jump after each, took twice as long to write to memory.
+    Written in a tile's short pieces of rows, with a jump after each, (20000, 1000) took 1.4 times
+    as long for all of the forward.
     """
     cdef Py_ssize_t f = 0
     cdef Py_ssize_t wide = WIDE if job.fold == 1 and job.inner == 1 else job.group
