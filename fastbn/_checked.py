@@ -52,6 +52,7 @@ class Checked(NamedTuple):
     """The arguments that every operation has, checked, and the layout they share."""
 
     x: Array
+    axis: int
     dtype: Any
     features: int
     gamma: Array | None
@@ -98,5 +99,5 @@ def check(
         residual = check_like(residual, "residual", a, dtype)
     out = check_out(out, a, dtype)
     return Checked(
-        a, dtype, features, gamma, beta, eps, activation, residual, out, layout_of(a, axis)
+        a, axis, dtype, features, gamma, beta, eps, activation, residual, out, layout_of(a, axis)
     )

@@ -22,6 +22,7 @@ from fastbn._arguments import (
 )
 from fastbn._checked import Stats, check, given, mean_and_var
 from fastbn._layout import Array, layout_of
+from fastbn._samples import NanPolicy, check_samples, everything, refuse_nan
 from fastbn.statistics import Moments
 
 Activation = Literal["relu"] | None
@@ -29,17 +30,9 @@ Activation = Literal["relu"] | None
 
 def _no_data(features: int) -> Moments:
     """Moments of an empty batch."""
-    table = np.zeros((3, features))
+    table = np.zeros((4, features))
     table[1] = np.nan
     return Moments._wrap(table)
-
-
-def _refuse(weights: Any, where: Any, nan: Any) -> None:
-    """What `moments` does not do yet."""
-    if nan not in ("propagate", "omit", "raise"):
-        raise ValueError(f"nan: expected 'propagate', 'omit' or 'raise', got {nan!r}")
-    name = "weights" if weights is not None else "where" if where is not None else "nan"
-    raise NotImplementedError(f"{name}: not supported yet in moments")
 
 
 def moments(
@@ -48,7 +41,7 @@ def moments(
     axis: int = 1,
     weights: Any = None,
     where: Any = None,
-    nan: Literal["propagate", "omit", "raise"] = "propagate",
+    nan: NanPolicy = "propagate",
 ) -> Moments:
     """Count, mean and sum of squared deviations of each feature, in one pass over the data.
 
@@ -58,8 +51,14 @@ def moments(
         A 1-D array is N samples of one feature.
     axis : int, default 1
         The feature axis; every other axis is averaged over.
-    weights, where, nan
-        Not there yet: anything but the defaults is a `NotImplementedError`.
+    weights : array_like of numbers >= 0, optional
+        One for each sample: x's shape without the feature axis, or a shape that broadcasts to it.
+        The count is their sum.
+    where : array_like of bools, optional
+        The same for a mask: False leaves a sample out, whatever it holds.
+    nan : {"propagate", "omit", "raise"}, default "propagate"
+        A NaN makes its feature's mean and variance NaN; or is left out, with a count for each
+        feature; or is a `ValueError` that names the features.
 
     Returns
     -------
@@ -75,7 +74,8 @@ def moments(
     -----
     Sums of (x - pivot) and (x - pivot)**2 per chunk of samples, in float64, with a pivot out of
     the chunk; chunks are merged in a fixed order (Welford 1962; Chan, Golub & LeVeque 1983). The
-    bits do not depend on the number of threads.
+    bits do not depend on the number of threads. With weights w, ``mean = sum(w * x) / sum(w)`` and
+    ``m2 = sum(w * (x - mean)**2)`` (West 1979). What is left out is never computed with.
 
     Examples
     --------
@@ -83,19 +83,24 @@ def moments(
     >>> m = fastbn.moments(np.array([[2.0, 4.0], [3.0, 5.0], [4.0, 6.0]]))
     >>> m.mean, m.var.round(4)
     (array([3., 5.]), array([0.6667, 0.6667]))
+    >>> fastbn.moments(np.array([1.0, np.nan, 3.0, 9.0]), where=[True, True, True, False], nan="omit")
+    Moments(count=[2.], mean=[2.], std=[1.])
     """
-    if weights is not None or where is not None or nan != "propagate":
-        _refuse(weights, where, nan)
     threads = _runtime.get_num_threads()
-    table = _runtime.kernels.moments(x, axis, threads)
+    plain = everything(weights, where, nan)
+    table = _runtime.kernels.moments(x, axis, threads) if plain else None
     if table is None:
         a = as_array(x, "x")
         axis = check_axis(axis, a, "x")
+        layout = layout_of(a, axis)
+        samples = check_samples(a, axis, layout, weights, where, nan)
         if a.size == 0:
             return _no_data(features_of(a, axis))
-        x3 = layout_of(a, axis).dense(a, compute_dtype(a))
-        table = _runtime.kernels.moments(x3, 1, threads)
+        x3 = layout.dense(a, compute_dtype(a))
+        table = _runtime.kernels.moments(x3, 1, threads, *samples)
         assert table is not None
+        if nan == "raise":
+            refuse_nan(a, axis, table[1], where)
     return Moments._wrap(table)
 
 
@@ -110,6 +115,8 @@ def normalize(
     out: Array | None = None,
     activation: Activation = None,
     residual: Any = None,
+    where: Any = None,
+    nan: NanPolicy = "propagate",
 ) -> Array:
     """Normalise with given statistics: ``(x - mean) / sqrt(var + eps) * gamma + beta``.
 
@@ -131,6 +138,8 @@ def normalize(
     activation : {None, "relu"}
     residual : array of x's shape and y's dtype, optional
         Added before the activation.
+    where, nan
+        As in `moments`: y is 0 where the mask is False or, with ``nan="omit"``, x is NaN.
 
     Returns
     -------
@@ -150,16 +159,20 @@ def normalize(
     array([-4.287, -3.062])
     """
     threads = _runtime.get_num_threads()
-    y = _runtime.kernels.normalize(
-        x, *given(stats), gamma, beta, axis, eps, out, activation, residual, threads
-    )
-    if y is not None:
-        return y
+    if everything(None, where, nan):
+        y = _runtime.kernels.normalize(
+            x, *given(stats), gamma, beta, axis, eps, out, activation, residual, threads
+        )
+        if y is not None:
+            return y
     c = check(x, "x", gamma, beta, axis, eps, out, activation, residual)
+    samples = check_samples(c.x, c.axis, c.layout, None, where, nan)
     mean, var = mean_and_var(stats, c.features)
     if c.x.size == 0:
         return np.empty(c.x.shape, c.dtype) if c.out is None else c.out
-    target = c.target(mean, var)
+    if nan == "raise":
+        moments(c.x, axis=axis, where=where, nan=nan)
+    target = c.target(mean, var, samples.where)
     y = _runtime.kernels.normalize(
         c.dense(c.x),
         mean,
@@ -172,6 +185,8 @@ def normalize(
         c.activation,
         c.dense(c.residual),
         threads,
+        samples.where,
+        samples.omit,
     )
     assert y is not None
     return target.result()
@@ -187,11 +202,15 @@ def batch_norm(
     out: Array | None = None,
     activation: Activation = None,
     residual: Any = None,
+    weights: Any = None,
+    where: Any = None,
+    nan: NanPolicy = "propagate",
 ) -> tuple[Array, Moments]:
     """Normalise with the batch's own statistics: `moments` and `normalize` in one call.
 
     This is the training forward of Ioffe & Szegedy (2015). The data are read from memory once
-    where a piece of them fits in cache. Same arguments and errors as `normalize`.
+    where a piece of them fits in cache. Same arguments and errors as `normalize` and `moments`:
+    `weights` change the statistics alone; where the mask is False, or x is an omitted NaN, y is 0.
 
     Returns
     -------
@@ -211,14 +230,20 @@ def batch_norm(
            [ 1.6124,  1.4495]])
     """
     threads = _runtime.get_num_threads()
-    done = _runtime.kernels.forward(x, gamma, beta, axis, eps, out, activation, residual, threads)
-    if done is not None:
-        return done[0], Moments._wrap(done[1])
+    if everything(weights, where, nan):
+        done = _runtime.kernels.forward(
+            x, gamma, beta, axis, eps, out, activation, residual, threads
+        )
+        if done is not None:
+            return done[0], Moments._wrap(done[1])
     c = check(x, "x", gamma, beta, axis, eps, out, activation, residual)
+    samples = check_samples(c.x, c.axis, c.layout, weights, where, nan)
     if c.x.size == 0:
         y = np.empty(c.x.shape, c.dtype) if c.out is None else c.out
         return y, _no_data(c.features)
-    target = c.target()
+    if nan == "raise":
+        moments(c.x, axis=axis, weights=weights, where=where, nan=nan)
+    target = c.target(samples.weights, samples.where)
     _, table = _runtime.kernels.forward(
         c.dense(c.x),
         c.gamma,
@@ -229,6 +254,7 @@ def batch_norm(
         c.activation,
         c.dense(c.residual),
         threads,
+        *samples,
     )
     return target.result(), Moments._wrap(table)
 
@@ -246,6 +272,9 @@ def batch_norm_backward(
     out: Array | None = None,
     activation: Activation = None,
     residual: Any = None,
+    weights: Any = None,
+    where: Any = None,
+    nan: NanPolicy = "propagate",
 ) -> tuple[Array, ...]:
     """Gradients of `batch_norm` (or, with ``training=False``, of `normalize`).
 
@@ -253,7 +282,7 @@ def batch_norm_backward(
     ----------
     dy : array_like of x's shape
         The loss's gradient with respect to y.
-    x, gamma, beta, eps, activation, residual
+    x, gamma, beta, eps, activation, residual, weights, where, nan
         What the forward was given. `beta` and `residual` matter to the activation alone, whose
         mask is worked out again from them.
     stats : Moments, RunningMoments or (mean, var)
@@ -277,7 +306,9 @@ def batch_norm_backward(
         dbeta = sum(g)      dgamma = sum(g * xhat)      xhat = (x - mean) / sqrt(var + eps)
         dx = gamma / sqrt(var + eps) * (g - dbeta / n - xhat * dgamma / n)
 
-    and without the last two terms for frozen statistics.
+    and without the last two terms for frozen statistics. With weights w the last two terms are
+    times w, and n is their sum; what the mask (or ``nan="omit"``) leaves out has no part in the
+    sums, and dx = 0.
 
     Examples
     --------
@@ -289,19 +320,38 @@ def batch_norm_backward(
     """
     threads = _runtime.get_num_threads()
     training = bool(training)
-    done = _runtime.kernels.backward(
-        dy, x, *given(stats), gamma, beta, axis, eps, training, out, activation, residual, threads
-    )
+    done = None
+    if everything(weights, where, nan):
+        done = _runtime.kernels.backward(
+            dy,
+            x,
+            *given(stats),
+            gamma,
+            beta,
+            axis,
+            eps,
+            training,
+            out,
+            activation,
+            residual,
+            threads,
+        )
     if done is None:
         c = check(x, "x", gamma, beta, axis, eps, out, activation, residual)
         g = check_like(dy, "dy", c.x, None)
+        samples = check_samples(c.x, c.axis, c.layout, weights, where, nan)
         mean, var = mean_and_var(stats, c.features)
         if c.x.size == 0:
             dx = np.empty(c.x.shape, c.dtype) if c.out is None else c.out
             dresidual = None if c.residual is None else np.empty(c.x.shape, c.dtype)
             done = dx, np.zeros(c.features), np.zeros(c.features), dresidual
         else:
-            target = c.target(mean, var, dy=g)
+            total = None  # n, where it is not the number of samples
+            if training and not everything(weights, where, nan) and isinstance(stats, Moments):
+                total = stats.count
+            elif training and not everything(weights, where, nan) or nan == "raise":
+                total = moments(c.x, axis=axis, weights=weights, where=where, nan=nan).count
+            target = c.target(mean, var, samples.weights, samples.where, dy=g)
             _, dgamma, dbeta, d3 = _runtime.kernels.backward(
                 c.dense(g),
                 c.dense(c.x),
@@ -316,6 +366,8 @@ def batch_norm_backward(
                 c.activation,
                 c.dense(c.residual),
                 threads,
+                *samples,
+                total,
             )
             dresidual = None if d3 is None else c.layout.restore(d3)
             done = target.result(), dgamma, dbeta, dresidual

@@ -45,16 +45,38 @@ def _mean_and_std(stats: Any, eps: float) -> tuple[Array, Array]:
     return _column(mean, 0), np.where(std == 0, np.inf, std)[:, np.newaxis]
 
 
-def moments(x: Any, *, axis: int = 1) -> Moments:
+def _samples(x: Any, axis: int, weights: Any, where: Any, nan: str) -> tuple[Array, Array]:
+    """Weights by (features, samples), and which elements are kept."""
+    a: Array = np.asarray(x, np.float64)
+    shape = a.shape if a.ndim == 1 else np.delete(a.shape, axis)
+    scale = np.broadcast_to(1.0 if weights is None else np.asarray(weights, np.float64), shape)
+    mask = np.broadcast_to(True if where is None else np.asarray(where), shape)
     rows = _by_feature(x, axis)
-    n = rows.shape[1]
-    if n == 0:
-        return Moments(np.zeros(len(rows)), np.full(len(rows), np.nan), np.zeros(len(rows)))
-    first = np.where(np.isfinite(rows[:, :1]), rows[:, :1], 0)
-    deviations = rows - first  # so that a large mean costs no digits
-    mean = deviations.sum(axis=1, keepdims=True) / n
-    m2 = ((deviations - mean) ** 2).sum(axis=1)
-    return Moments(np.full(len(rows), n), (first + mean)[:, 0], m2)
+    kept = np.broadcast_to(mask.ravel(), rows.shape)
+    missing = np.isnan(rows) & kept
+    if nan == "raise" and (missing & (scale.ravel() != 0)).any():
+        raise ValueError(f"x: expected no NaN, got {missing.sum()}")
+    if nan == "omit":
+        kept = kept & ~missing
+    return np.where(kept, scale.ravel(), 0), kept
+
+
+def moments(
+    x: Any, *, axis: int = 1, weights: Any = None, where: Any = None, nan: str = "propagate"
+) -> Moments:
+    rows = _by_feature(x, axis)
+    w, _ = _samples(x, axis, weights, where, nan)
+    rows = np.where(w > 0, rows, 0)
+    n = w.sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # Deviations from a value of the feature, so that a large mean costs no digits.
+        known = (w > 0) & np.isfinite(rows)
+        at = known.argmax(axis=1) if rows.shape[1] else np.zeros(len(rows), int)
+        first = np.array([row[k] if ok.any() else 0 for row, ok, k in zip(rows, known, at)])
+        deviations = np.where(w > 0, rows - first[:, np.newaxis], 0)
+        mean = (w * deviations).sum(axis=1) / n
+        away = np.where(w > 0, deviations - mean[:, np.newaxis], 0)
+        return Moments(n, first + mean, (w * away**2).sum(axis=1))
 
 
 def normalize(
@@ -67,14 +89,18 @@ def normalize(
     eps: float = 1e-5,
     activation: str | None = None,
     residual: Any = None,
+    where: Any = None,
+    nan: str = "propagate",
 ) -> Array:
     mean, std = _mean_and_std(stats, eps)
-    y = (_by_feature(x, axis) - mean) / std * _column(gamma, 1) + _column(beta, 0)
+    _, kept = _samples(x, axis, None, where, nan)
+    rows = np.where(kept, _by_feature(x, axis), 0)
+    y = (rows - mean) / std * _column(gamma, 1) + _column(beta, 0)
     if residual is not None:
         y = y + _by_feature(residual, axis)
     if activation == "relu":
         y = np.maximum(y, 0)
-    return _like(y, x, axis)
+    return _like(np.where(kept, y, 0), x, axis)
 
 
 def batch_norm(
@@ -86,10 +112,13 @@ def batch_norm(
     eps: float = 1e-5,
     activation: str | None = None,
     residual: Any = None,
+    weights: Any = None,
+    where: Any = None,
+    nan: str = "propagate",
 ) -> tuple[Array, Moments]:
-    m = moments(x, axis=axis)
-    y = normalize(x, m, gamma, beta, axis=axis, eps=eps, activation=activation, residual=residual)
-    return y, m
+    m = moments(x, axis=axis, weights=weights, where=where, nan=nan)
+    fused: dict[str, Any] = {"activation": activation, "residual": residual}
+    return normalize(x, m, gamma, beta, axis=axis, eps=eps, where=where, nan=nan, **fused), m
 
 
 def batch_norm_backward(
@@ -104,21 +133,26 @@ def batch_norm_backward(
     training: bool = True,
     activation: str | None = None,
     residual: Any = None,
+    weights: Any = None,
+    where: Any = None,
+    nan: str = "propagate",
 ) -> tuple[Array, ...]:
     mean, std = _mean_and_std(stats, eps)
-    xhat = (_by_feature(x, axis) - mean) / std
-    g = _by_feature(dy, axis)
+    w, kept = _samples(x, axis, weights, where, nan)
+    xhat = np.where(kept, (np.where(kept, _by_feature(x, axis), 0) - mean) / std, 0)
+    g = np.where(kept, _by_feature(dy, axis), 0)
     if activation == "relu":
         y = xhat * _column(gamma, 1) + _column(beta, 0)
         if residual is not None:
             y = y + _by_feature(residual, axis)
-        g = np.where(y <= 0, 0, g)
+        g = np.where((y <= 0) | ~kept, 0, g)
     dbeta, dgamma = g.sum(axis=1), (g * xhat).sum(axis=1)
     dx = g
-    if training and g.shape[1]:
-        n = g.shape[1]
-        dx = g - dbeta[:, np.newaxis] / n - xhat * (dgamma[:, np.newaxis] / n)
-    dx = _like(_column(gamma, 1) / std * dx, x, axis)
+    if training:
+        n = w.sum(axis=1, keepdims=True)
+        share = np.divide(w, n, out=np.zeros_like(w), where=n > 0)
+        dx = g - share * (dbeta[:, np.newaxis] + xhat * dgamma[:, np.newaxis])
+    dx = _like(np.where(kept, _column(gamma, 1) / std * dx, 0), x, axis)
     return (dx, dgamma, dbeta) if residual is None else (dx, dgamma, dbeta, _like(g, x, axis))
 
 

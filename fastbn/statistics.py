@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from fastbn import _runtime
 from fastbn._arguments import per_feature, real_number
 from fastbn._layout import Array
 
@@ -42,13 +43,13 @@ class Moments:
 
     __slots__ = ("_table",)
 
-    _table: Array  # (3, C): count, mean and m2; read-only
+    _table: Array  # (4, C): count, mean, m2, the mean's low-order part; read-only
 
     def __init__(self, count: Any, mean: Any, m2: Any) -> None:
         features = np.shape(mean)[0] if np.ndim(mean) == 1 else -1
         if features < 0:
             raise ValueError(f"mean: expected shape (C,), got {np.shape(mean)}")
-        table = np.empty((3, features))
+        table = np.zeros((4, features))
         for row, (name, value) in enumerate((("count", count), ("mean", mean), ("m2", m2))):
             table[row] = per_feature(value, name, features)
         for row, name in ((0, "count"), (2, "m2")):
@@ -102,22 +103,7 @@ class Moments:
             raise TypeError(f"other: expected Moments, got {type(other).__name__}")
         if other.mean.shape != self.mean.shape:
             raise ValueError(f"other: expected {len(self.mean)} features, got {len(other.mean)}")
-        table = np.empty_like(self._table)
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            table[0] = self.count + other.count
-            weight = other.count / table[0]
-            delta = other.mean - self.mean
-            # Half of the difference is always finite where the means are.
-            half = other.mean * 0.5 - self.mean * 0.5
-            table[1] = np.where(
-                np.isfinite(delta),
-                self.mean + delta * weight,
-                self.mean + half * weight + half * weight,
-            )
-            table[2] = self.m2 + other.m2 + delta * delta * (weight * self.count)
-        # Where one side has no data the other is the answer, to the bit.
-        for empty, filled in ((self, other), (other, self)):
-            np.copyto(table[1:], filled._table[1:], where=empty.count == 0)
+        table = _runtime.kernels.merge(self._table, other._table)
         return Moments._wrap(table)
 
     def __add__(self, other: Moments) -> Moments:
@@ -127,7 +113,7 @@ class Moments:
         """Equal in every number (NaN equals NaN)."""
         if not isinstance(other, Moments):
             return NotImplemented
-        return np.array_equal(self._table, other._table, equal_nan=True)
+        return np.array_equal(self._table[:3], other._table[:3], equal_nan=True)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -224,7 +210,7 @@ class RunningMoments:
         self.nonfinite = check_nonfinite(nonfinite)
         self.mean: Array = np.zeros(self.num_features)
         self.var: Array = np.ones(self.num_features)
-        self._seen = Moments._wrap(np.zeros((3, self.num_features)))
+        self._seen = Moments._wrap(np.zeros((4, self.num_features)))
 
     def update(self, moments: Moments, *, momentum: float | None = None) -> bool:
         """Take in the moments of a batch; True if they were (False: empty, or skipped).

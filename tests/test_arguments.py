@@ -238,14 +238,6 @@ def test_a_one_dimensional_axis():
               for k in (2, -2, -3)])  # fmt: skip
 
 
-def test_what_moments_cannot_do_yet():
-    ones = np.ones(N)
-    for given in ({"weights": ones}, {"where": ones > 0}, {"nan": "omit"}, {"nan": "raise"}):
-        refused((NotImplementedError, *given, lambda given=given: fastbn.moments(X, **given)))
-    for value in ("keep", None, 1, True):
-        refused((ValueError, "nan", lambda value=value: fastbn.moments(X, nan=value)))
-
-
 @pytest.mark.parametrize("argument", ["activation", "residual", "out", "x"])
 @pytest.mark.parametrize("training", [True, False])
 def test_the_layer_refuses_before_it_changes(argument, training):

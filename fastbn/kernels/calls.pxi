@@ -11,6 +11,7 @@ include "operands.pxi"
 
 cdef enum:
     VECTORS = 4         # per-feature arguments of a call: gamma, beta, mean, var
+    TABLE = 4           # rows of a Moments' table: count, mean, m2, and the mean's low-order part
 
 cdef struct Call:
     Job job
@@ -77,7 +78,9 @@ cdef bint reserve(Call *call) except -1:
     cdef Job *job = &call.job
     cut(job, call.x.itemsize, job.threads, call.a.y)
     cdef Py_ssize_t n = job.features, parameters = (n * call.x.itemsize + 63) // 64 * 64
-    cdef Py_ssize_t chunks = 0 if job.operation == NORMALIZE else 2 * job.chunks
+    cdef Py_ssize_t chunks = 0
+    if job.operation != NORMALIZE:
+        chunks = (4 if chosen(call.a) else 2) * job.chunks
     call.memory = <char *> allocate(chunks * n * sizeof(double) + 7 * parameters)
     job.center = call.memory
     job.scale = call.memory + parameters
@@ -89,6 +92,8 @@ cdef bint reserve(Call *call) except -1:
     job.extreme = &call.extreme
     job.part_a = <double *> (call.memory + 7 * parameters)
     job.part_b = job.part_a + job.chunks * n
+    job.part_n = job.part_b + job.chunks * n
+    job.part_pivot = job.part_n + job.chunks * n
     return True
 
 
@@ -182,12 +187,28 @@ cdef bint statistics(Call *call, object mean, object var) except -1:
         for f in range(n):
             negative += call.job.m2[f] < 0
         return negative == 0
-    if (not read(mean, &o) or o.ndim != 2 or o.itemsize != 8 or o.shape[0] != 3
+    if (not read(mean, &o) or o.ndim != 2 or o.itemsize != 8 or o.shape[0] != TABLE
             or o.shape[1] != n or not contiguous(&o)):
         return False
     call.job.count = <double *> o.data
     call.job.mean = <double *> o.data + n
     call.job.m2 = <double *> o.data + 2 * n
+    return True
+
+
+cdef bint samples(Call *call, object weights, object where, bint omit) except -1:
+    """Take what functional.py made of these arguments: dense, of shape (outer, inner), or None."""
+    cdef np.ndarray a
+    cdef Py_ssize_t n = call.job.outer * call.job.inner
+    call.a.omit = omit
+    if weights is not None:
+        a = weights
+        assert np.PyArray_TYPE(a) == np.NPY_FLOAT64 and np.PyArray_SIZE(a) == n
+        call.a.weights = <double *> np.PyArray_DATA(a)
+    if where is not None:
+        a = where
+        assert np.PyArray_TYPE(a) == np.NPY_BOOL and np.PyArray_SIZE(a) == n
+        call.a.where = <unsigned char *> np.PyArray_DATA(a)
     return True
 
 
@@ -210,21 +231,25 @@ cdef object new_table(Call *call):
     """A table for Moments, and the job's statistics in it."""
     cdef Operand o
     cdef Py_ssize_t f, n = call.job.features
-    table = new_array(2, 3, n)
+    table = new_array(2, TABLE, n)
     read(table, &o)
     for f in range(n):
         (<double *> o.data)[f] = call.job.n
     call.job.mean = <double *> o.data + n
     call.job.m2 = <double *> o.data + 2 * n
+    call.job.low = <double *> o.data + 3 * n
+    if chosen(call.a):
+        call.job.count = <double *> o.data
     return table
 
 
-def moments(x, axis, int threads):
-    """The table (count, mean, m2) of x; None if an argument is not ordinary."""
+def moments(x, axis, int threads, weights=None, where=None, bint omit=False):
+    """The table of x's Moments; None if an argument is not ordinary."""
     cdef Call call
     try:
         if not begin(&call, MOMENTS, x, axis, 0.0, None, threads):
             return None
+        samples(&call, weights, where, omit)
         table = new_table(&call)
         compute(&call)
         return table
@@ -232,7 +257,8 @@ def moments(x, axis, int threads):
         release(&call)
 
 
-def forward(x, gamma, beta, axis, eps, out, activation, residual, int threads):
+def forward(x, gamma, beta, axis, eps, out, activation, residual, int threads, weights=None,
+            where=None, bint omit=False):
     """(y, table) of the training forward; None if an argument is not ordinary."""
     cdef Call call
     try:
@@ -244,6 +270,7 @@ def forward(x, gamma, beta, axis, eps, out, activation, residual, int threads):
         y = result(&call, x, out, call.a.residual, NULL)
         if y is None:
             return None
+        samples(&call, weights, where, omit)
         table = new_table(&call)
         compute(&call)
         return y, table
@@ -251,7 +278,8 @@ def forward(x, gamma, beta, axis, eps, out, activation, residual, int threads):
         release(&call)
 
 
-def normalize(x, mean, var, gamma, beta, axis, eps, out, activation, residual, int threads):
+def normalize(x, mean, var, gamma, beta, axis, eps, out, activation, residual, int threads,
+              where=None, bint omit=False):
     """y, normalised with given statistics; None if an argument is not ordinary."""
     cdef Call call
     try:
@@ -263,6 +291,7 @@ def normalize(x, mean, var, gamma, beta, axis, eps, out, activation, residual, i
             return None
         y = result(&call, x, out, call.a.residual, NULL)
         if y is not None:
+            samples(&call, None, where, omit)
             compute(&call)
         return y
     finally:
@@ -270,7 +299,7 @@ def normalize(x, mean, var, gamma, beta, axis, eps, out, activation, residual, i
 
 
 def backward(dy, x, mean, var, gamma, beta, axis, eps, bint training, out, activation, residual,
-             int threads):
+             int threads, weights=None, where=None, bint omit=False, total=None):
     """(dx, dgamma, dbeta, dresidual or None); None if an argument is not ordinary."""
     cdef Call call
     cdef Operand o
@@ -286,6 +315,10 @@ def backward(dy, x, mean, var, gamma, beta, axis, eps, bint training, out, activ
         dx = result(&call, x, out, call.a.dy, call.a.residual)
         if dx is None:
             return None
+        samples(&call, weights, where, omit)
+        if total is not None:                   # float64, as many as there are features
+            read(total, &o)
+            call.job.total = <double *> o.data
         dresidual = None
         if residual is not None:
             dresidual = new_like(x)
@@ -300,6 +333,44 @@ def backward(dy, x, mean, var, gamma, beta, axis, eps, bint training, out, activ
         return dx, dgamma, dbeta, dresidual
     finally:
         release(&call)
+
+
+def merge(table, other):
+    """The table of two Moments together (Chan, Golub & LeVeque 1983); both have equal shapes.
+
+    Means carry their low-order parts along, so that as little is lost of the differences
+    between means as of the data's deviations, however large the means are.
+    """
+    cdef Operand a, b, o
+    cdef Py_ssize_t f, n
+    cdef double *to
+    cdef const double *p
+    cdef const double *q
+    cdef double count, delta, weight, mean, low
+    merged = new_like(table)
+    read(table, &a)
+    read(other, &b)
+    read(merged, &o)
+    n = a.shape[1]
+    for f in range(n):
+        p, q, to = <double *> a.data + f, <double *> b.data + f, <double *> o.data + f
+        if p[0] == 0 or q[0] == 0:          # to the bit, of one that is empty too
+            if q[0] != 0:
+                p = q
+            to[0], to[n], to[2 * n], to[3 * n] = p[0], p[n], p[2 * n], p[3 * n]
+            continue
+        count = p[0] + q[0]
+        weight = q[0] / count
+        delta = (q[n] - p[n]) + (q[3 * n] - p[3 * n])
+        to[0] = count
+        to[2 * n] = p[2 * n] + q[2 * n] + delta * (weight * p[0]) * delta
+        if isfinite(delta) or not (isfinite(p[n]) and isfinite(q[n])):
+            two_sum(p[n], delta * weight, &mean, &low)
+            two_sum(mean, low + p[3 * n], to + n, to + 3 * n)
+        else:                               # half of the difference is finite
+            delta = q[n] * 0.5 - p[n] * 0.5
+            to[n], to[3 * n] = p[n] + delta * weight + delta * weight, 0
+    return merged
 
 
 def plan(Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, int itemsize, int threads):

@@ -30,13 +30,15 @@ cdef inline void fetch(Arrays a, const pack *x, Py_ssize_t i) noexcept nogil:
 
 cdef inline bint plain(Arrays a) noexcept nogil:
     """Whether the arithmetic is the bare formula."""
-    return not (a.relu or a.scaled or a.residual != NULL or a.dresidual != NULL)
+    return not (a.relu or a.scaled or a.residual != NULL or a.dresidual != NULL or chosen(a))
 
 
 cdef inline Arrays bare(Arrays a, bint streamed) noexcept nogil:
     """The same where `plain`, said so that the compiler leaves no test of it in a loop."""
-    a.relu = a.scaled = False
+    a.relu = a.scaled = a.omit = False
     a.residual = a.dresidual = NULL
+    a.weights = NULL
+    a.where = NULL
     a.stream = streamed
     return a
 
@@ -59,35 +61,51 @@ cdef inline pack linear(Arrays a, const pack *x, Py_ssize_t i, int k, pack unit,
     return value
 
 
-cdef inline void forward_pack(Arrays a, const pack *x, Py_ssize_t i, int k, pack unit, pack center,
-                              pack scale, pack shift) noexcept nogil:
+cdef inline pack kept_only(Arrays a, pack kept, pack x, pack value) noexcept nogil:
+    """0 for what the mask or `omit` leaves out."""
+    if a.where != NULL:
+        value = where(kept, value)
+    if a.omit:
+        value = where_number(x, value)
+    return value
+
+
+cdef inline void forward_pack(Arrays a, const pack *x, Py_ssize_t i, int k, pack kept, pack unit,
+                              pack center, pack scale, pack shift) noexcept nogil:
     """y = relu(linear)"""
     cdef pack value = linear(a, x, i, k, unit, center, scale, shift)
     if a.relu:
         value = relu(value)
-    put_result(a, i, k, value)
+    put_result(a, i, k, kept_only(a, kept, load(x, i, k), value))
 
 
-cdef inline pack masked(Arrays a, const pack *x, Py_ssize_t i, int k, pack unit, pack center,
-                        pack scale, pack shift) noexcept nogil:
+cdef inline pack masked(Arrays a, const pack *x, Py_ssize_t i, int k, pack kept, pack unit,
+                        pack center, pack scale, pack shift) noexcept nogil:
     """g = dy where the activation let the value through: the forward's own arithmetic again."""
     cdef pack g = load(<const pack *> a.dy, i, k)
     if a.relu:
         g = where_positive(linear(a, x, i, k, unit, center, scale, shift), g)
-    return g
+    return kept_only(a, kept, load(x, i, k), g)
 
 
-cdef inline void backward_pack(Arrays a, const pack *x, Py_ssize_t i, int k, pack g, pack unit,
-                               pack center, pack slope_g, pack slope_x,
+cdef inline void backward_pack(Arrays a, const pack *x, Py_ssize_t i, int k, pack g, pack kept,
+                               pack weight, pack unit, pack center, pack slope_g, pack slope_x,
                                pack level) noexcept nogil:
-    """dx = g * slope_g + ((x - center) * slope_x + level), and dresidual = g"""
+    """dx = g * slope_g + ((x - center) * slope_x + level), and dresidual = g
+
+    With weights the second term, which comes through the statistics, has the sample's.
+    """
     cdef pack value
     if a.frozen:
         value = mul(g, slope_g)
     else:
-        value = fma(g, slope_g, fma(centred(a, x, i, k, unit, center), slope_x, level))
+        value = fma(centred(a, x, i, k, unit, center), slope_x, level)
+        if a.weights != NULL:
+            value = mul(value, weight)
+        value = fma(g, slope_g, value)
     if a.scaled:
         value = mul(value, unit)
+    value = kept_only(a, kept, load(x, i, k), value)
     if a.dresidual != NULL:
         store(<pack *> a.dresidual, i, k, g)
     put_result(a, i, k, value)

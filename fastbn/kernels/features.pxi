@@ -1,7 +1,7 @@
 # What is done per feature: chunk sums become moments, moments become parameters.
 
 from libc.float cimport DBL_MAX
-from libc.math cimport ilogb, isfinite, ldexp
+from libc.math cimport NAN, ilogb, isfinite, isnan, ldexp
 
 
 cdef inline d8 firsts(const Job *job, const pack *x, Py_ssize_t i, int k) noexcept nogil:
@@ -25,9 +25,11 @@ cdef inline bint cancelled(double m2, double sum2) noexcept nogil:
     return m2 * 64 < sum2
 
 
-cdef bint close_chunk(const double *sum1, const double *sum2, Py_ssize_t features, double n,
-                      double *offset, double *m2) noexcept nogil:
-    """Moments of a chunk from its sums of (x - pivot) and (x - pivot)^2.
+cdef bint close_chunk(const double *sum1, const double *sum2, Py_ssize_t features,
+                      const double *counts, double n, double *offset, double *m2) noexcept nogil:
+    """Moments of a chunk from its sums of (x - pivot) and (x - pivot)^2, of n samples each.
+
+    With weights `counts` has their sums; where one is 0 there is nothing to see in the results.
 
     True if a feature should be summed again about `pivot + offset`, because of cancellation. It
     happens where the first element of a chunk is an outlier.
@@ -38,6 +40,8 @@ cdef bint close_chunk(const double *sum1, const double *sum2, Py_ssize_t feature
     for f in range(0, features, 8):
         k = <int> min(8, features - f)
         total = load(<d8 *> sum1, f, k)
+        if counts != NULL:
+            count = load(<d8 *> counts, f, k)
         mean = d8_div(total, count)
         square = load(<d8 *> sum2, f, k)
         total = d8_relu(sub(square, mul(total, mean)))
@@ -59,11 +63,19 @@ cdef inline void place_offsets(const Job *job, const pack *x, double *offset, co
         store(<d8 *> offset, f, k, add(load(<d8 *> offset, f, k), move))
 
 
-cdef void merge_chunks(const Job *job, const pack *x, Py_ssize_t f0, Py_ssize_t f1) noexcept nogil:
+cdef inline void two_sum(double a, double b, double *total, double *rest) noexcept nogil:
+    """total + rest = a + b exactly, total being a + b rounded (Knuth); no rest to an infinity."""
+    cdef double t = a + b, part = t - a
+    total[0] = t
+    rest[0] = (a - (t - part)) + (b - part) if isfinite(part) else 0
+
+
+cdef void merge_chunks(const Job *job, Arrays a, const pack *x, Py_ssize_t f0,
+                       Py_ssize_t f1) noexcept nogil:
     """mean and m2 of features [f0, f1) from their chunks, in order (Chan, Golub & LeVeque 1983)."""
     cdef Py_ssize_t c, f
     cdef int k
-    cdef d8 m, odd = d8_splat(0)
+    cdef d8 origin, offset, m, part, odd = d8_splat(0)
     cdef double *mean = job.mean
     cdef double *m2 = job.m2
     cdef const double *mean_c = job.part_a
@@ -84,16 +96,20 @@ cdef void merge_chunks(const Job *job, const pack *x, Py_ssize_t f0, Py_ssize_t 
         count += n
     for f in range(f0, f1, 8):
         k = <int> min(8, f1 - f)
-        m = add(firsts(job, x, f * job.inner, k), load(<d8 *> mean, f, k))
+        origin, offset = firsts(job, x, f * job.inner, k), load(<d8 *> mean, f, k)
+        m = add(origin, offset)
+        part = sub(m, origin)                   # as `two_sum`
         store(<d8 *> mean, f, k, m)
+        store(<d8 *> job.low, f, k,
+              d8_finite_or_zero(add(sub(origin, sub(m, part)), sub(offset, part))))
         odd = add(odd, add(sub(m, m), mul(load(<d8 *> m2, f, k), d8_splat(0))))
     if d8_sum(odd) != 0:                    # NaN, where a mean or an m2 is not finite
         for f in range(f0, f1):
             if not (isfinite(mean[f]) and isfinite(m2[f])):
-                moments_of_extremes(job, x, f)
+                moments_of_extremes(job, a, x, f)
 
 
-cdef void moments_of_extremes(const Job *job, const pack *x, Py_ssize_t f) noexcept nogil:
+cdef void moments_of_extremes(const Job *job, Arrays a, const pack *x, Py_ssize_t f) noexcept nogil:
     """Moments of a feature whose sums overflowed, or that holds NaN or infinities.
 
     Finite values: Welford's updates of a quarter of the data, so that no difference overflows;
@@ -101,17 +117,21 @@ cdef void moments_of_extremes(const Job *job, const pack *x, Py_ssize_t f) noexc
     the infinity) and m2 is NaN.
     """
     cdef Py_ssize_t o, i
-    cdef double value, n = 0, mean = 0, m2 = 0, delta, odd = 0
+    cdef double value, weight, n = 0, mean = 0, m2 = 0, delta, odd = 0
     for o in range(job.outer):
         for i in range(job.inner):
             value = element(x, (o * job.features + f) * job.inner + i) * 0.25
+            weight = one_weight(a, o * job.inner + i)
+            if weight == 0 or (a.omit and isnan(value)):
+                continue
             if not isfinite(value):
                 odd += value
             elif odd == 0:
-                n += 1
+                n += weight
                 delta = value - mean
-                mean += delta / n
-                m2 += delta * (value - mean)
+                mean += delta * (weight / n)
+                m2 += weight * delta * (value - mean)
+    job.low[f] = 0
     if odd == 0:
         job.mean[f] = mean * 4
         job.m2[f] = m2 * 16
@@ -209,7 +229,7 @@ cdef void backward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
     cdef Py_ssize_t f
     cdef int k
     cdef d8 std, unit, slope, slope_x, residue
-    cdef d8 n = d8_splat(job.outer * job.inner), zero = d8_splat(0)
+    cdef d8 n = d8_splat(job.outer * job.inner), zero = d8_splat(0)     # or the sum of weights
     for f in range(f0, f1, 8):
         k = <int> min(8, f1 - f)
         std = std_of(job, f, k)
@@ -217,6 +237,8 @@ cdef void backward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
         slope = by_unit(job, over(or_else(job.gamma, f, k, 1), std), unit)
         narrow(<pack *> job.slope_g, f, k, slope)
         if job.operation == BACKWARD:
+            if job.total != NULL:
+                n = load(<d8 *> job.total, f, k)
             slope = sub(zero, slope)
             slope_x = over(d8_div(load(<d8 *> job.dgamma, f, k), n), mul(std, unit))
             slope_x = mul(slope, slope_x)
@@ -230,6 +252,7 @@ cdef void merge_gradients(const Job *job, Py_ssize_t f0, Py_ssize_t f1) noexcept
     """dbeta = sum(g) and dgamma = sum(g xhat) from the chunks, in order."""
     cdef Py_ssize_t c, f
     cdef int k
+    cdef d8 value
     cdef double *dbeta = job.dbeta
     cdef double *dgamma = job.dgamma
     cdef const double *sum_g = job.part_a
@@ -246,4 +269,7 @@ cdef void merge_gradients(const Job *job, Py_ssize_t f0, Py_ssize_t f1) noexcept
     # What was summed is g (x - mean): its terms have the 1 / std in common.
     for f in range(f0, f1, 8):
         k = <int> min(8, f1 - f)
-        store(<d8 *> dgamma, f, k, over(load(<d8 *> dgamma, f, k), std_of(job, f, k)))
+        value = over(load(<d8 *> dgamma, f, k), std_of(job, f, k))
+        if job.total != NULL:               # a feature without data has no std
+            value = where(load(<d8 *> job.total, f, k), value)
+        store(<d8 *> dgamma, f, k, value)

@@ -61,17 +61,22 @@ cdef struct Job:
     # Per feature, float64, shape (features,). The variance is m2 / count, or m2 / n.
     double *mean
     double *m2
-    const double *count                     # or NULL
+    double *low                             # what float64 does not hold of the mean
+    double *count                           # or NULL
     double n
+    const double *total                     # backward: samples of each feature, NULL for all
     double *dbeta
     double *dgamma
     Vector gamma                            # 1 where not given
     Vector beta                             # 0 where not given
     double eps
     # Per chunk and feature, shape (chunks, features): the mean's offset and m2, or sum(g) and
-    # sum(g (x - mean)), where g is dy masked by the activation.
+    # sum(g (x - mean)), where g is dy masked by the activation. Of weighted data also the sum of
+    # weights, and the pivot that the offset is from.
     double *part_a
     double *part_b
+    double *part_n
+    double *part_pivot
     # Per feature in the dtype of x: y = (x * unit - center) * scale + shift and
     # dx = (g * slope_g + ((x * unit - center) * slope_x + level)) * unit. The units are powers
     # of two, and 1 for all but extreme data; `extreme` tells whether any is not.
@@ -92,6 +97,9 @@ cdef struct Arrays:
     const void *dy          # backward
     const void *x
     const void *residual    # or NULL
+    const double *weights   # per sample, shape (outer, inner), 0 where left out; or NULL
+    const unsigned char *where      # the same, 0 for samples that are left out; or NULL
+    bint omit               # leave out NaN
     bint relu
     bint frozen             # backward: dx does not depend on x
     bint scaled             # some unit is not 1

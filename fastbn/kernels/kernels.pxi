@@ -5,7 +5,10 @@
 #
 #     reduce   a chunk of x (and dy) to two numbers per feature       rows.pxi, planes.pxi
 #     finish   merge a feature's chunks in order, derive parameters   features.pxi
-#     apply    one multiply-add per element, with those parameters    rows.pxi, planes.pxi
+#     apply    one multiply-add per element, with those parameters    rows_elements.pxi, planes.pxi
+#
+# Samples may have weights, and samples or NaN may be left out: samples.pxi, and weighted.pxi for
+# what is then reduced and merged.
 #
 # Moments reduce and finish, inference finishes and applies, training does all three. The rest
 # of this file shares the grid out to threads; calls.pxi is what Python calls.
@@ -22,10 +25,13 @@ cdef extern from "team.h" nogil:
     void team_barrier()
 
 include "job.pxi"
+include "rows.pxi"
+include "samples.pxi"
 include "features.pxi"
 include "elements.pxi"
-include "rows.pxi"
+include "rows_elements.pxi"
 include "planes.pxi"
+include "weighted.pxi"
 
 simd = (<bytes> FASTBN_SIMD).decode()
 openmp = FASTBN_OPENMP
@@ -36,7 +42,12 @@ openmp = FASTBN_OPENMP
 cdef inline void reduce(const Job *job, const Arrays *a, const pack *x, Py_ssize_t c,
                         Py_ssize_t g) noexcept nogil:
     if job.operation == MOMENTS or job.operation == FORWARD:
-        if job.rows:
+        if chosen(a[0]):
+            if job.rows:
+                weighted_rows(job, a[0], x, c, g)
+            else:
+                weighted_planes(job, a[0], x, c, g)
+        elif job.rows:
             moments_rows(job, x, c, g)
         else:
             moments_planes(job, x, c, g)
@@ -47,9 +58,13 @@ cdef inline void reduce(const Job *job, const Arrays *a, const pack *x, Py_ssize
             gradients_planes(job, a[0], x, c, g)
 
 
-cdef inline void finish(const Job *job, const pack *x, Py_ssize_t f0, Py_ssize_t f1) noexcept nogil:
+cdef inline void finish(const Job *job, const Arrays *a, const pack *x, Py_ssize_t f0,
+                        Py_ssize_t f1) noexcept nogil:
     if job.operation == MOMENTS or job.operation == FORWARD:
-        merge_chunks(job, x, f0, f1)
+        if chosen(a[0]):
+            merge_weighted(job, a[0], x, f0, f1)
+        else:
+            merge_chunks(job, a[0], x, f0, f1)
         if job.operation == FORWARD:
             forward_parameters(job, x, f0, f1)
     else:
@@ -112,7 +127,7 @@ cdef void work_by_features(const Job *job, const Arrays *a, const pack *x, int r
                 # Frozen gradients need no sums, so that dx is made while dy is still in cache.
                 if job.operation == FROZEN:
                     apply(job, a, x, c, g)
-            finish(job, x, f0, f1)
+            finish(job, a, x, f0, f1)
         if job.operation != MOMENTS and job.operation != FROZEN:
             for c in range(job.chunks - 1, -1, -1):
                 apply(job, a, x, c, g)
@@ -174,7 +189,7 @@ cdef void work_together(const Job *job, const Arrays *a, const pack *x, int rank
     if job.operation != NORMALIZE:
         if size > 1:
             team_barrier()
-        finish(job, x, f0, f1)
+        finish(job, a, x, f0, f1)
     if job.operation == MOMENTS or job.operation == FROZEN:
         return
     if size > 1 and job.operation != NORMALIZE:

@@ -9,6 +9,7 @@ cdef struct Block:
     Py_ssize_t first        # its first feature
     Py_ssize_t features
     Py_ssize_t start        # element where its chunk's first run begins
+    Py_ssize_t sample       # the sample that this is
     Py_ssize_t length       # of a run
     Py_ssize_t runs         # of a feature
     Py_ssize_t stride       # elements from a run to the feature's next
@@ -24,6 +25,7 @@ cdef inline Block block_of(const Job *job, Py_ssize_t c, Py_ssize_t g) noexcept 
     t.features = first_of(job, g + 1) - t.first
     t.stride = job.features * job.inner
     t.start = run * t.stride + t.first * job.inner + within
+    t.sample = run * job.inner + within
     t.length = min(job.piece, job.inner - within)
     t.runs = min(job.runs, job.outer - run)
     t.near = min(t.length, job.near)
@@ -31,6 +33,12 @@ cdef inline Block block_of(const Job *job, Py_ssize_t c, Py_ssize_t g) noexcept 
     if within + t.length == job.inner:
         t.far += t.stride - job.inner
     return t
+
+
+cdef inline Py_ssize_t sample_of(const Job *job, Block t, Py_ssize_t r,
+                                 Py_ssize_t i) noexcept nogil:
+    """What to add to an element's number to get its sample's: in run r, which begins at i."""
+    return t.sample + r * job.inner - i
 
 
 cdef struct Lanes:
@@ -105,7 +113,7 @@ cdef void moments_planes(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t
         for f in range(t.features):
             sum1[f] = d8_sum(add(sums[f].a, sums[f].b))
             sum2[f] = d8_sum(add(sums[f].a2, sums[f].b2))
-        if (not close_chunk(sum1, sum2, t.features, t.length * t.runs, mean, m2)
+        if (not close_chunk(sum1, sum2, t.features, NULL, t.length * t.runs, mean, m2)
                 or attempt == 1):
             break
         for f in range(t.features):
@@ -117,18 +125,20 @@ cdef void moments_planes(const Job *job, const pack *x, Py_ssize_t c, Py_ssize_t
 # --- y = (x - center) * scale + shift ------------------------------------------------------------
 
 cdef inline void forward_run(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t end,
-                             Py_ssize_t ahead, pack unit, pack center, pack scale,
-                             pack shift) noexcept nogil:
+                             Py_ssize_t ahead, Py_ssize_t to_sample, pack unit, pack center,
+                             pack scale, pack shift) noexcept nogil:
     cdef int k = lead(a, x, i, end - i)
     if k > 0:
-        forward_pack(a, x, i, k, unit, center, scale, shift)
+        forward_pack(a, x, i, k, kept_at(a, x, i + to_sample, k), unit, center, scale, shift)
         i += k
     while i + lanes(x) <= end:
         fetch(a, x, i + ahead)
-        forward_pack(a, x, i, lanes(x), unit, center, scale, shift)
+        forward_pack(a, x, i, lanes(x), kept_at(a, x, i + to_sample, lanes(x)), unit, center,
+                     scale, shift)
         i += lanes(x)
     if i < end:
-        forward_pack(a, x, i, <int> (end - i), unit, center, scale, shift)
+        k = <int> (end - i)
+        forward_pack(a, x, i, k, kept_at(a, x, i + to_sample, k), unit, center, scale, shift)
 
 
 cdef inline pack parameter(const pack *values, Py_ssize_t f) noexcept nogil:
@@ -140,7 +150,8 @@ cdef inline void forward_block(const Job *job, Arrays a, const pack *x, Block t)
     for r in range(t.runs):
         for f in range(t.first, t.first + t.features):
             i = t.start + r * t.stride + (f - t.first) * job.inner
-            forward_run(a, x, i, i + t.length, job.ahead, parameter(<pack *> job.unit, f),
+            forward_run(a, x, i, i + t.length, job.ahead, sample_of(job, t, r, i),
+                        parameter(<pack *> job.unit, f),
                         parameter(<pack *> job.center, f), parameter(<pack *> job.scale, f),
                         parameter(<pack *> job.shift, f))
 
@@ -148,6 +159,7 @@ cdef inline void forward_block(const Job *job, Arrays a, const pack *x, Block t)
 cdef void forward_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
                          Py_ssize_t g) noexcept nogil:
     cdef Block t = block_of(job, c, g)
+    a.weights = NULL                        # y does not depend on them
     a.scaled = job.extreme[0]
     if not plain(a):
         forward_block(job, a, x, t)
@@ -160,14 +172,15 @@ cdef void forward_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
 # --- Backward ------------------------------------------------------------------------------------
 
 cdef inline Lanes sum_gradients_part(Lanes s, Arrays a, const pack *x, Py_ssize_t i,
-                                     Py_ssize_t end, Py_ssize_t ahead, double mean, pack unit,
-                                     pack center, pack scale, pack shift) noexcept nogil:
+                                     Py_ssize_t end, Py_ssize_t ahead, Py_ssize_t to_sample,
+                                     double mean, pack unit, pack center, pack scale,
+                                     pack shift) noexcept nogil:
     """sum(g) and sum(g (x - mean)) of elements [i, end), added to s."""
     cdef d8 m = d8_splat(mean)
-    cdef pack g, u
+    cdef pack g, u, kept
     cdef d8 v
     cdef int k
-    while not a.relu and i + 16 <= end:
+    while not a.relu and not chosen(a) and i + 16 <= end:
         fastbn_prefetch(at(x, i + ahead))
         fastbn_prefetch(at(<pack *> a.dy, i + ahead))
         if pack is d8:
@@ -185,8 +198,10 @@ cdef inline Lanes sum_gradients_part(Lanes s, Arrays a, const pack *x, Py_ssize_
         fastbn_prefetch(at(<pack *> a.dy, i + ahead))
         # Lanes beyond the end have g = 0, and add nothing.
         k = <int> min(lanes(x), end - i)
-        g = masked(a, x, i, k, unit, center, scale, shift)
+        kept = kept_at(a, x, i + to_sample, k)
+        g = masked(a, x, i, k, kept, unit, center, scale, shift)
         u = load(x, i, k)
+        u = kept_only(a, kept, u, u)
         if pack is f16:
             s.a = add(s.a, f16_low(g))
             s.b = add(s.b, f16_high(g))
@@ -200,14 +215,16 @@ cdef inline Lanes sum_gradients_part(Lanes s, Arrays a, const pack *x, Py_ssize_
 
 
 cdef inline Lanes sum_gradients_run(Lanes s, const Job *job, Arrays a, const pack *x, Block t,
-                                    Py_ssize_t i, Py_ssize_t f) noexcept nogil:
+                                    Py_ssize_t i, Py_ssize_t to_sample,
+                                    Py_ssize_t f) noexcept nogil:
     cdef Py_ssize_t middle = i + (t.length - t.near) // 16 * 16
     cdef pack unit = parameter(<pack *> job.unit, f), center = parameter(<pack *> job.center, f)
     cdef pack scale = parameter(<pack *> job.scale, f), shift = parameter(<pack *> job.shift, f)
     if middle > i:
-        s = sum_gradients_part(s, a, x, i, middle, t.near, job.mean[f], unit, center, scale, shift)
-    return sum_gradients_part(s, a, x, middle, i + t.length, t.far, job.mean[f], unit, center,
-                              scale, shift)
+        s = sum_gradients_part(s, a, x, i, middle, t.near, to_sample, job.mean[f], unit, center,
+                               scale, shift)
+    return sum_gradients_part(s, a, x, middle, i + t.length, t.far, to_sample, job.mean[f], unit,
+                              center, scale, shift)
 
 
 cdef void gradients_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
@@ -223,29 +240,37 @@ cdef void gradients_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c
         for n in range(t.features):
             f = t.first + n
             i = t.start + r * t.stride + n * job.inner
-            sums[n] = sum_gradients_run(sums[n], job, a, x, t, i, f)
+            sums[n] = sum_gradients_run(sums[n], job, a, x, t, i, sample_of(job, t, r, i), f)
     for n in range(t.features):
         job.part_a[c * job.features + t.first + n] = d8_sum(add(sums[n].a, sums[n].b))
         job.part_b[c * job.features + t.first + n] = d8_sum(add(sums[n].a2, sums[n].b2))
 
 
+cdef inline void backward_at_run(Arrays a, const pack *x, Py_ssize_t i, int k, Py_ssize_t s,
+                                 pack unit, pack center, pack scale, pack shift, pack slope_g,
+                                 pack slope_x, pack level) noexcept nogil:
+    cdef pack kept = kept_at(a, x, s, k)
+    backward_pack(a, x, i, k, masked(a, x, i, k, kept, unit, center, scale, shift), kept,
+                  share_at(a, x, s, k), unit, center, slope_g, slope_x, level)
+
+
 cdef inline void backward_run(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t end,
-                              Py_ssize_t ahead, pack unit, pack center, pack scale,
-                              pack shift, pack slope_g, pack slope_x, pack level) noexcept nogil:
+                              Py_ssize_t ahead, Py_ssize_t to_sample, pack unit, pack center,
+                              pack scale, pack shift, pack slope_g, pack slope_x,
+                              pack level) noexcept nogil:
     cdef int k = lead(a, x, i, end - i)
     if k > 0:
-        backward_pack(a, x, i, k, masked(a, x, i, k, unit, center, scale, shift), unit, center,
-                      slope_g, slope_x, level)
+        backward_at_run(a, x, i, k, i + to_sample, unit, center, scale, shift, slope_g, slope_x,
+                        level)
         i += k
     while i + lanes(x) <= end:
         fetch(a, x, i + ahead)
-        backward_pack(a, x, i, lanes(x), masked(a, x, i, lanes(x), unit, center, scale, shift),
-                      unit, center, slope_g, slope_x, level)
+        backward_at_run(a, x, i, lanes(x), i + to_sample, unit, center, scale, shift, slope_g,
+                        slope_x, level)
         i += lanes(x)
     if i < end:
-        k = <int> (end - i)
-        backward_pack(a, x, i, k, masked(a, x, i, k, unit, center, scale, shift), unit, center,
-                      slope_g, slope_x, level)
+        backward_at_run(a, x, i, <int> (end - i), i + to_sample, unit, center, scale, shift,
+                        slope_g, slope_x, level)
 
 
 cdef inline void backward_block(const Job *job, Arrays a, const pack *x, Block t) noexcept nogil:
@@ -253,10 +278,11 @@ cdef inline void backward_block(const Job *job, Arrays a, const pack *x, Block t
     for r in range(t.runs):
         for f in range(t.first, t.first + t.features):
             i = t.start + r * t.stride + (f - t.first) * job.inner
-            backward_run(a, x, i, i + t.length, job.ahead, parameter(<pack *> job.unit, f),
-                         parameter(<pack *> job.center, f), parameter(<pack *> job.scale, f),
-                         parameter(<pack *> job.shift, f), parameter(<pack *> job.slope_g, f),
-                         parameter(<pack *> job.slope_x, f), parameter(<pack *> job.level, f))
+            backward_run(a, x, i, i + t.length, job.ahead, sample_of(job, t, r, i),
+                         parameter(<pack *> job.unit, f), parameter(<pack *> job.center, f),
+                         parameter(<pack *> job.scale, f), parameter(<pack *> job.shift, f),
+                         parameter(<pack *> job.slope_g, f), parameter(<pack *> job.slope_x, f),
+                         parameter(<pack *> job.level, f))
 
 
 cdef void backward_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,

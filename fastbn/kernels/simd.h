@@ -95,6 +95,29 @@ INLINE d8 d8_finite_or_zero(d8 a) {
         _mm512_cmp_pd_mask(_mm512_sub_pd(a, a), _mm512_setzero_pd(), _CMP_EQ_OQ), a);
 }
 INLINE int d8_any_less(d8 a, d8 b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ) != 0; }
+/* t != 0 ? g : 0 */
+INLINE f16 f16_where(f16 t, f16 g) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t, _mm512_setzero_ps(), _CMP_NEQ_UQ), g);
+}
+INLINE d8 d8_where(d8 t, d8 g) {
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(t, _mm512_setzero_pd(), _CMP_NEQ_UQ), g);
+}
+/* t is NaN ? 0 : g */
+INLINE f16 f16_where_number(f16 t, f16 g) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t, t, _CMP_ORD_Q), g);
+}
+INLINE d8 d8_where_number(d8 t, d8 g) {
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(t, t, _CMP_ORD_Q), g);
+}
+/* 1 for bytes that are not 0, else 0 */
+INLINE f16 f16_flags(const unsigned char *p, int k) {
+    __m128i v = _mm_maskz_loadu_epi8(F16_FIRST(k), p);
+    return _mm512_maskz_mov_ps(_mm_test_epi8_mask(v, v), _mm512_set1_ps(1));
+}
+INLINE d8 d8_flags(const unsigned char *p, int k) {
+    __m128i v = _mm_maskz_loadu_epi8(F16_FIRST(k), p);
+    return _mm512_maskz_mov_pd((__mmask8)_mm_test_epi8_mask(v, v), _mm512_set1_pd(1));
+}
 
 #elif defined(__AVX2__) && (defined(__FMA__) || defined(_MSC_VER))
 #include <immintrin.h>
@@ -207,6 +230,44 @@ INLINE int d8_any_less(d8 x, d8 y) {
     return _mm256_movemask_pd(_mm256_or_pd(_mm256_cmp_pd(x.a, y.a, _CMP_LT_OQ),
                                            _mm256_cmp_pd(x.b, y.b, _CMP_LT_OQ))) != 0;
 }
+#define PS_IF(t, u, op, g) _mm256_and_ps(_mm256_cmp_ps(t, u, op), g)
+#define PD_IF(t, u, op, g) _mm256_and_pd(_mm256_cmp_pd(t, u, op), g)
+INLINE f16 f16_where(f16 t, f16 g) {
+    const __m256 zero = _mm256_setzero_ps();
+    return f16_of(PS_IF(t.a, zero, _CMP_NEQ_UQ, g.a), PS_IF(t.b, zero, _CMP_NEQ_UQ, g.b));
+}
+INLINE d8 d8_where(d8 t, d8 g) {
+    const __m256d zero = _mm256_setzero_pd();
+    return d8_of(PD_IF(t.a, zero, _CMP_NEQ_UQ, g.a), PD_IF(t.b, zero, _CMP_NEQ_UQ, g.b));
+}
+INLINE f16 f16_where_number(f16 t, f16 g) {
+    return f16_of(PS_IF(t.a, t.a, _CMP_ORD_Q, g.a), PS_IF(t.b, t.b, _CMP_ORD_Q, g.b));
+}
+INLINE d8 d8_where_number(d8 t, d8 g) {
+    return d8_of(PD_IF(t.a, t.a, _CMP_ORD_Q, g.a), PD_IF(t.b, t.b, _CMP_ORD_Q, g.b));
+}
+/* k bytes: -1 where 0, else 0; no memory beyond them is touched. */
+INLINE __m128i zero_bytes(const unsigned char *p, int k) {
+    unsigned char v[16] = {0};
+    if (k == 16) return _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)p), _mm_setzero_si128());
+    if (k == 8) return _mm_cmpeq_epi8(_mm_loadl_epi64((const __m128i *)p), _mm_setzero_si128());
+    memcpy(v, p, k);
+    return _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)v), _mm_setzero_si128());
+}
+INLINE f16 f16_flags(const unsigned char *p, int k) {
+    const __m256 one = _mm256_set1_ps(1);
+    __m128i no = zero_bytes(p, k);
+    __m256i a = _mm256_cvtepi8_epi32(no), b = _mm256_cvtepi8_epi32(_mm_srli_si128(no, 8));
+    return f16_of(_mm256_andnot_ps(_mm256_castsi256_ps(a), one),
+                  _mm256_andnot_ps(_mm256_castsi256_ps(b), one));
+}
+INLINE d8 d8_flags(const unsigned char *p, int k) {
+    const __m256d one = _mm256_set1_pd(1);
+    __m128i no = zero_bytes(p, k);
+    __m256i a = _mm256_cvtepi8_epi64(no), b = _mm256_cvtepi8_epi64(_mm_srli_si128(no, 4));
+    return d8_of(_mm256_andnot_pd(_mm256_castsi256_pd(a), one),
+                 _mm256_andnot_pd(_mm256_castsi256_pd(b), one));
+}
 
 #else
 #define FASTBN_SIMD "generic"
@@ -268,6 +329,12 @@ INLINE int d8_any_less(d8 a, d8 b) {
     for (int i = 0; i < 8; i++) any |= a.v[i] < b.v[i];
     return any;
 }
+INLINE f16 f16_where(f16 t, f16 g) { LANE(f16, 16, t.v[i] != 0 ? g.v[i] : 0); }
+INLINE d8 d8_where(d8 t, d8 g) { LANE(d8, 8, t.v[i] != 0 ? g.v[i] : 0); }
+INLINE f16 f16_where_number(f16 t, f16 g) { LANE(f16, 16, t.v[i] == t.v[i] ? g.v[i] : 0); }
+INLINE d8 d8_where_number(d8 t, d8 g) { LANE(d8, 8, t.v[i] == t.v[i] ? g.v[i] : 0); }
+INLINE f16 f16_flags(const unsigned char *p, int k) { LANE(f16, 16, i < k && p[i] ? 1 : 0); }
+INLINE d8 d8_flags(const unsigned char *p, int k) { LANE(d8, 8, i < k && p[i] ? 1 : 0); }
 #endif
 
 /* The sum of the lanes, in one order on every machine. */

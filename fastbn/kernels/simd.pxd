@@ -48,6 +48,12 @@ cdef extern from "simd.h" nogil:
     d8 d8_keep(d8 a, int k)
     d8 d8_finite_or_zero(d8 a)
     int d8_any_less(d8 a, d8 b)
+    f16 f16_where(f16 t, f16 g)
+    d8 d8_where(d8 t, d8 g)
+    f16 f16_where_number(f16 t, f16 g)
+    d8 d8_where_number(d8 t, d8 g)
+    f16 f16_flags(const unsigned char *p, int k)
+    d8 d8_flags(const unsigned char *p, int k)
     double d8_sum(d8 a)
 
 ctypedef fused pack:
@@ -192,3 +198,27 @@ cdef inline pack where_positive(pack t, pack g) noexcept nogil:
         return f16_where_positive(t, g)
     else:
         return d8_where_positive(t, g)
+
+
+cdef inline pack where(pack t, pack g) noexcept nogil:
+    """g where t != 0, else 0."""
+    if pack is f16:
+        return f16_where(t, g)
+    else:
+        return d8_where(t, g)
+
+
+cdef inline pack where_number(pack t, pack g) noexcept nogil:
+    """g where t is not NaN, else 0."""
+    if pack is f16:
+        return f16_where_number(t, g)
+    else:
+        return d8_where_number(t, g)
+
+
+cdef inline pack flags(const pack *tag, const unsigned char *p, int k) noexcept nogil:
+    """1 for each of k bytes that is not 0, else 0."""
+    if pack is f16:
+        return f16_flags(p, k)
+    else:
+        return d8_flags(p, k)

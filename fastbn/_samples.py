@@ -1,0 +1,95 @@
+"""Weights and masks of samples, and what to do with NaN: checks, and the kernels' form of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from fastbn._arguments import as_array
+from fastbn._layout import Array, Layout
+
+NanPolicy = Literal["propagate", "omit", "raise"]
+
+
+class Samples(NamedTuple):
+    """Which samples count, and how much; `weights` are 0 wherever `where` is False."""
+
+    weights: Array | None = None  # float64, one for each sample, as they lie in memory
+    where: Array | None = None  # bool, the same
+    omit: bool = False
+
+
+def everything(weights: Any, where: Any, nan: Any) -> bool:
+    """Whether the three arguments leave nothing out and weigh nothing."""
+    return weights is None and where is None and type(nan) is str and nan == "propagate"
+
+
+def check_samples(
+    a: Array, axis: int, layout: Layout, weights: Any, where: Any, nan: NanPolicy
+) -> Samples:
+    """The arguments `weights`, `where` and `nan` for a non-empty array."""
+    if not isinstance(nan, str) or nan not in ("propagate", "omit", "raise"):
+        raise ValueError(f"nan: expected 'propagate', 'omit' or 'raise', got {nan!r}")
+    mask = scale = None
+    if where is not None:
+        mask = np.asarray(where)
+        if mask.dtype != bool or isinstance(where, np.ma.MaskedArray):
+            kind = "a masked array" if isinstance(where, np.ma.MaskedArray) else mask.dtype
+            raise TypeError(f"where: expected an array of bools, got {kind}")
+        mask = _by_sample(mask, "where", a, axis, layout)
+    if weights is not None:
+        scale = _by_sample(as_array(weights, "weights"), "weights", a, axis, layout)
+        scale = np.ascontiguousarray(scale, np.float64)
+        if mask is not None:
+            scale = np.where(mask, scale, 0.0)
+        _check_weights(scale)
+    return Samples(scale, mask, nan == "omit")
+
+
+def _by_sample(values: Array, name: str, a: Array, axis: int, layout: Layout) -> Array:
+    """Values of x's shape without the feature axis, or that broadcast to it, as x lies in memory."""
+    shape = a.shape if a.ndim == 1 else a.shape[:axis] + a.shape[axis + 1 :]
+    try:
+        values = np.broadcast_to(values, shape)
+    except ValueError:
+        raise ValueError(
+            f"{name}: expected shape {shape}, that of x without the feature axis, or one that "
+            f"broadcasts to it, got {values.shape}"
+        ) from None
+    if a.ndim > 1:
+        values = np.expand_dims(values, axis)
+    return np.ascontiguousarray(values.transpose(layout.order)).ravel()
+
+
+def _check_weights(weights: Array) -> None:
+    """All >= 0, with a sum that is finite."""
+    low, high = weights.min(), weights.max()
+    if not low >= 0:  # NaN too
+        raise ValueError(f"weights: expected numbers >= 0, got {low}")
+    if not high <= np.finfo(float).max / weights.size:
+        raise ValueError(f"weights: expected numbers whose sum is finite, got {high}")
+
+
+def refuse_nan(a: Array, axis: int, mean: Array, where: Any) -> None:
+    """A ValueError that names the features in which x has NaN; those without have a mean."""
+    suspects = np.flatnonzero(np.isnan(mean))  # inf - inf is another way to get there
+    found = []
+    for f in suspects.tolist():
+        missing = np.isnan(a if a.ndim == 1 else np.take(a, f, axis))
+        if where is not None:
+            missing &= np.broadcast_to(where, missing.shape)
+        if missing.any():
+            found.append((f, int(missing.sum())))
+    if found:
+        names = ", ".join(str(f) for f, _ in found[:10]) + (", ..." if len(found) > 10 else "")
+        raise ValueError(
+            f"x: expected no NaN, got {sum(n for _, n in found)} in {len(found)} of {len(mean)} "
+            f"features: {names}"
+        )
+
+
+def samples_in(a: Array, axis: int) -> int:
+    """Samples of each feature."""
+    return math.prod(a.shape) if a.ndim == 1 else math.prod(a.shape[:axis] + a.shape[axis + 1 :])
