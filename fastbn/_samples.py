@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from fastbn import _runtime
 from fastbn._arguments import as_array
 from fastbn._layout import Array, Layout
 
@@ -44,13 +45,19 @@ def check_samples(
         scale = np.ascontiguousarray(scale, np.float64)
         if mask is not None:
             scale = np.where(mask, scale, 0.0)
-        _check_weights(scale)
+        if scale.size and not _runtime.kernels.weights_fit(scale):
+            odd = next(
+                (w for w in scale.tolist() if not 0 <= w < math.inf), "a sum that is infinite"
+            )
+            raise ValueError(f"weights: expected finite numbers >= 0 and sum, got {odd}")
     return Samples(scale, mask, nan == "omit")
 
 
 def _by_sample(values: Array, name: str, a: Array, axis: int, layout: Layout) -> Array:
     """Values of x's shape without the feature axis, or that broadcast to it, as x lies in memory."""
     shape = a.shape if a.ndim == 1 else a.shape[:axis] + a.shape[axis + 1 :]
+    if values.shape == shape and values.flags.c_contiguous and layout.in_c_order:
+        return values if values.ndim == 1 else values.ravel()
     try:
         values = np.broadcast_to(values, shape)
     except ValueError:
@@ -61,15 +68,6 @@ def _by_sample(values: Array, name: str, a: Array, axis: int, layout: Layout) ->
     if a.ndim > 1:
         values = np.expand_dims(values, axis)
     return np.ascontiguousarray(values.transpose(layout.order)).ravel()
-
-
-def _check_weights(weights: Array) -> None:
-    """All >= 0, with a sum that is finite."""
-    low, high = weights.min(), weights.max()
-    if not low >= 0:  # NaN too
-        raise ValueError(f"weights: expected numbers >= 0, got {low}")
-    if not high <= np.finfo(float).max / weights.size:
-        raise ValueError(f"weights: expected numbers whose sum is finite, got {high}")
 
 
 def refuse_nan(a: Array, axis: int, mean: Array, where: Any) -> None:
@@ -88,8 +86,3 @@ def refuse_nan(a: Array, axis: int, mean: Array, where: Any) -> None:
             f"x: expected no NaN, got {sum(n for _, n in found)} in {len(found)} of {len(mean)} "
             f"features: {names}"
         )
-
-
-def samples_in(a: Array, axis: int) -> int:
-    """Samples of each feature."""
-    return math.prod(a.shape) if a.ndim == 1 else math.prod(a.shape[:axis] + a.shape[axis + 1 :])

@@ -347,10 +347,12 @@ def batch_norm_backward(
             done = dx, np.zeros(c.features), np.zeros(c.features), dresidual
         else:
             total = None  # n, where it is not the number of samples
-            if training and not everything(weights, where, nan) and isinstance(stats, Moments):
-                total = stats.count
-            elif training and not everything(weights, where, nan) or nan == "raise":
-                total = moments(c.x, axis=axis, weights=weights, where=where, nan=nan).count
+            if nan == "raise" or (training and not everything(weights, where, nan)):
+                if nan == "raise" or not isinstance(stats, Moments):
+                    m = moments(c.x, axis=axis, weights=weights, where=where, nan=nan)
+                    total = m.count
+                else:
+                    total = stats.count
             target = c.target(mean, var, samples.weights, samples.where, dy=g)
             _, dgamma, dbeta, d3 = _runtime.kernels.backward(
                 c.dense(g),
@@ -366,7 +368,9 @@ def batch_norm_backward(
                 c.activation,
                 c.dense(c.residual),
                 threads,
-                *samples,
+                samples.weights if training else None,
+                samples.where,
+                samples.omit,
                 total,
             )
             dresidual = None if d3 is None else c.layout.restore(d3)

@@ -76,7 +76,7 @@ cdef void *allocate(size_t size) except NULL:
 cdef bint reserve(Call *call) except -1:
     """Cut the job and give it its scratch memory."""
     cdef Job *job = &call.job
-    cut(job, call.x.itemsize, job.threads, call.a.y)
+    cut(job, call.x.itemsize, job.threads, call.a.y, chosen(call.a))
     cdef Py_ssize_t n = job.features, parameters = (n * call.x.itemsize + 63) // 64 * 64
     cdef Py_ssize_t chunks = 0
     if job.operation != NORMALIZE:
@@ -335,6 +335,22 @@ def backward(dy, x, mean, var, gamma, beta, axis, eps, bint training, out, activ
         release(&call)
 
 
+def weights_fit(weights):
+    """Whether all of a non-empty dense float64 array are >= 0, and their sum is finite."""
+    cdef np.ndarray a = weights
+    cdef const double *w = <double *> np.PyArray_DATA(a)
+    cdef Py_ssize_t i, n = np.PyArray_SIZE(a)
+    cdef d8 value, total = d8_splat(0), zero = d8_splat(0)
+    cdef int negative = 0, k
+    with nogil:
+        for i in range(0, n, 8):
+            k = <int> min(8, n - i)
+            value = load(<d8 *> w, i, k)
+            negative |= d8_any_less(value, zero)
+            total = add(total, value)
+    return not negative and isfinite(d8_sum(total))
+
+
 def merge(table, other):
     """The table of two Moments together (Chan, Golub & LeVeque 1983); both have equal shapes.
 
@@ -378,7 +394,7 @@ def plan(Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, int itemsize, 
     cdef Job job
     memset(&job, 0, sizeof(Job))
     job.outer, job.features, job.inner = outer, features, inner
-    cut(&job, itemsize, threads, NULL)
+    cut(&job, itemsize, threads, NULL, False)
     names = "rows", "fold", "rest", "chunks", "group", "groups", "threads", "own"
     return dict(zip(names, (bool(job.rows), job.fold, job.rest, job.chunks, job.group, job.groups,
                             job.threads, bool(job.own))))

@@ -116,8 +116,9 @@ cdef Py_ssize_t gcd(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return a
 
 
-cdef void cut(Job *job, int itemsize, int threads, const void *y) noexcept nogil:
-    """Fill in the cut. Where anything is reduced, chunks depend on the shape and nothing else."""
+cdef void cut(Job *job, int itemsize, int threads, const void *y, bint chosen) noexcept nogil:
+    """Fill in the cut. Where anything is reduced, chunks depend on the shape and nothing else
+    (and on whether samples have weights or are left out)."""
     cdef Py_ssize_t sample = job.features * job.inner, step, tile, bytes_
     cdef Py_ssize_t elements = job.outer * sample
     job.threads = <int> min(threads, max(1, elements // GRAIN))
@@ -126,6 +127,8 @@ cdef void cut(Job *job, int itemsize, int threads, const void *y) noexcept nogil
     if job.rows:
         # Fold only where it leaves enough rows, to whole packs where that is possible.
         job.fold = max(1, min(TILE // sample, job.outer // 64))
+        if chosen and sample >= 64:         # rows of one sample are kept or left out as a whole
+            job.fold = 1
         step = 16 // gcd(sample, 16)
         if job.fold > step:
             job.fold -= job.fold % step

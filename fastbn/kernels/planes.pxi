@@ -133,8 +133,11 @@ cdef inline void forward_run(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t e
         i += k
     while i + lanes(x) <= end:
         fetch(a, x, i + ahead)
-        forward_pack(a, x, i, lanes(x), kept_at(a, x, i + to_sample, lanes(x)), unit, center,
-                     scale, shift)
+        if a.where != NULL and all_kept(a, x, i + to_sample):
+            forward_pack(without_mask(a), x, i, lanes(x), unit, unit, center, scale, shift)
+        else:
+            forward_pack(a, x, i, lanes(x), kept_at(a, x, i + to_sample, lanes(x)), unit, center,
+                         scale, shift)
         i += lanes(x)
     if i < end:
         k = <int> (end - i)
@@ -265,8 +268,12 @@ cdef inline void backward_run(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t 
         i += k
     while i + lanes(x) <= end:
         fetch(a, x, i + ahead)
-        backward_at_run(a, x, i, lanes(x), i + to_sample, unit, center, scale, shift, slope_g,
-                        slope_x, level)
+        if a.where != NULL and all_kept(a, x, i + to_sample):
+            backward_at_run(without_mask(a), x, i, lanes(x), i + to_sample, unit, center, scale,
+                            shift, slope_g, slope_x, level)
+        else:
+            backward_at_run(a, x, i, lanes(x), i + to_sample, unit, center, scale, shift, slope_g,
+                            slope_x, level)
         i += lanes(x)
     if i < end:
         backward_at_run(a, x, i, <int> (end - i), i + to_sample, unit, center, scale, shift,

@@ -29,8 +29,9 @@ cdef inline Columns forward_columns(const Job *job, const pack *tag, Tile t,
                                     double *buffer) noexcept nogil:
     """Those of the forward; `buffer` has room for 4 * ROOM."""
     cdef Columns p
+    memset(&p, 0, sizeof(Columns))
     p.ahead = job.ahead
-    p.step = sample_step(job)
+    p.step = 0 if one_sample(job) else 1
     p.unit = NULL
     if job.extreme[0]:
         p.unit = by_column(job, t, <pack *> job.unit, buffer + 3 * ROOM)
@@ -98,19 +99,41 @@ cdef inline void forward_tile(const Job *job, Arrays a, const pack *x, Tile t, i
         forward_span(a, x, t.start + r * job.width, job.width, 1, t.rest, p)
 
 
-cdef void forward_rows(const Job *job, Arrays a, const pack *x, Tile t) noexcept nogil:
-    cdef double buffer[4 * ROOM]
-    cdef double kept[ROOM]
-    cdef Columns p = forward_columns(job, x, t, buffer)
-    p.kept = kept
-    a.weights = NULL                        # y does not depend on them
-    a.scaled = p.unit != NULL
+cdef void forward_kept(const Job *job, Arrays a, const pack *x, Tile t, Columns p) noexcept nogil:
     if not plain(a):
         forward_tile(job, a, x, t, 1, p)
     elif a.stream:
         forward_tile(job, bare(a, True), x, t, 1, p)
     else:
         forward_tile(job, bare(a, False), x, t, 2, p)
+
+
+cdef inline void clear_rows(void *y, const pack *tag, Tile t, Py_ssize_t stride) noexcept nogil:
+    """y <- 0"""
+    cdef Py_ssize_t r
+    for r in range(t.rows):
+        memset(at(<pack *> y, t.start + r * stride), 0, t.columns * (64 // lanes(tag)))
+
+
+cdef void forward_rows(const Job *job, Arrays a, const pack *x, Tile t) noexcept nogil:
+    cdef double buffer[4 * ROOM]
+    cdef double kept[ROOM]
+    cdef Columns p = forward_columns(job, x, t, buffer)
+    cdef Kept which
+    cdef Tile run
+    cdef Py_ssize_t r = 0
+    p.kept = kept
+    a.weights = NULL                        # y does not depend on them
+    a.scaled = p.unit != NULL
+    if a.where == NULL or not one_sample(job):
+        forward_kept(job, a, x, t, p)
+        return
+    while r < t.rows:
+        run = next_rows(a, t, job.width, &r, &which)
+        if which == NONE:
+            clear_rows(a.y, x, run, job.width)
+        else:
+            forward_kept(job, a if which == SOME else without_mask(a), x, run, p)
 
 
 # --- Backward ------------------------------------------------------------------------------------
@@ -173,29 +196,16 @@ cdef inline void gradients_span(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_
         j += 8
 
 
-cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
-                         Py_ssize_t g) noexcept nogil:
-    """part_a, part_b <- sum(g) and sum(g (x - mean)) of chunk c of the features of group g."""
-    cdef Tile t = tile_of(job, c, g)
-    cdef double sum_g[ROOM]
-    cdef double sum_gx[ROOM]
-    cdef double mean[ROOM]
-    cdef double buffer[4 * ROOM]
-    cdef double kept[ROOM]
-    cdef Columns p = forward_columns(job, x, t, buffer)
+cdef void add_gradients(const Job *job, Arrays a, const pack *x, Tile t, double *sum_g,
+                        double *sum_gx, const double *mean, Columns p) noexcept nogil:
+    """The rows of a tile."""
     cdef Py_ssize_t r = 0, i, j, columns
-    p.kept = kept
-    a.scaled = p.unit != NULL
-    memset(sum_g, 0, (t.columns + PAD) * sizeof(double))
-    memset(sum_gx, 0, (t.columns + PAD) * sizeof(double))
-    memset(mean + t.columns, 0, PAD * sizeof(double))
-    spread(<d8 *> mean, <d8 *> (job.mean + t.first), t.features, job.inner, job.fold)
     while r < t.rows + (t.rest > 0):
         i = t.start + r * job.width
         columns = t.columns if r < t.rows else t.rest
         if a.relu or a.where != NULL or a.omit:
             if a.where != NULL:
-                spread_samples(<pack *> kept, job, a, t, r, True)
+                spread_samples(<pack *> p.kept, job, a, t, r, True)
             j = 0
             while j + lanes(x) <= columns:
                 sum_masked_gradients(a, x, i, j, lanes(x), sum_g, sum_gx, mean, p)
@@ -210,6 +220,34 @@ cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
         else:
             gradients_span(a, x, i, job.width, 1, columns, 0, sum_g, sum_gx, mean)
             r += 1
+
+
+cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
+                         Py_ssize_t g) noexcept nogil:
+    """part_a, part_b <- sum(g) and sum(g (x - mean)) of chunk c of the features of group g."""
+    cdef Tile t = tile_of(job, c, g), run
+    cdef double sum_g[ROOM]
+    cdef double sum_gx[ROOM]
+    cdef double mean[ROOM]
+    cdef double buffer[4 * ROOM]
+    cdef double kept[ROOM]
+    cdef Columns p = forward_columns(job, x, t, buffer)
+    cdef Kept which
+    cdef Py_ssize_t r = 0
+    p.kept = kept
+    a.scaled = p.unit != NULL
+    memset(sum_g, 0, (t.columns + PAD) * sizeof(double))
+    memset(sum_gx, 0, (t.columns + PAD) * sizeof(double))
+    memset(mean + t.columns, 0, PAD * sizeof(double))
+    spread(<d8 *> mean, <d8 *> (job.mean + t.first), t.features, job.inner, job.fold)
+    if a.where == NULL or not one_sample(job):
+        add_gradients(job, a, x, t, sum_g, sum_gx, mean, p)
+    else:
+        while r < t.rows:
+            run = next_rows(a, t, job.width, &r, &which)
+            if which != NONE:
+                add_gradients(job, a if which == SOME else without_mask(a), x, run, sum_g, sum_gx,
+                              mean, p)
     gather(sum_g, t.features, job.inner, job.fold)
     gather(sum_gx, t.features, job.inner, job.fold)
     memcpy(job.part_a + c * job.features + t.first, sum_g, t.features * sizeof(double))
@@ -257,19 +295,36 @@ cdef inline void backward_tile(const Job *job, Arrays a, const pack *x, Tile t, 
         backward_span(a, x, t.start + r * job.width, job.width, 1, t.rest, p)
 
 
-cdef void backward_rows(const Job *job, Arrays a, const pack *x, Tile t) noexcept nogil:
-    cdef double buffer[7 * ROOM]
-    cdef double kept[ROOM]
-    cdef double weight[ROOM]
-    cdef Columns p = forward_columns(job, x, t, buffer)
-    p.kept, p.weight = kept, weight
-    a.scaled = p.unit != NULL
-    p.slope_g = by_column(job, t, <pack *> job.slope_g, buffer + 4 * ROOM)
-    p.slope_x = by_column(job, t, <pack *> job.slope_x, buffer + 5 * ROOM)
-    p.level = by_column(job, t, <pack *> job.level, buffer + 6 * ROOM)
+cdef void backward_kept(const Job *job, Arrays a, const pack *x, Tile t, Columns p) noexcept nogil:
     if not plain(a):
         backward_tile(job, a, x, t, 1, p)
     elif a.stream:
         backward_tile(job, bare(a, True), x, t, 1, p)
     else:
         backward_tile(job, bare(a, False), x, t, 2, p)
+
+
+cdef void backward_rows(const Job *job, Arrays a, const pack *x, Tile t) noexcept nogil:
+    cdef double buffer[7 * ROOM]
+    cdef double kept[ROOM]
+    cdef double weight[ROOM]
+    cdef Columns p = forward_columns(job, x, t, buffer)
+    cdef Kept which
+    cdef Tile run
+    cdef Py_ssize_t r = 0
+    p.kept, p.weight = kept, weight
+    a.scaled = p.unit != NULL
+    p.slope_g = by_column(job, t, <pack *> job.slope_g, buffer + 4 * ROOM)
+    p.slope_x = by_column(job, t, <pack *> job.slope_x, buffer + 5 * ROOM)
+    p.level = by_column(job, t, <pack *> job.level, buffer + 6 * ROOM)
+    if a.where == NULL or not one_sample(job):
+        backward_kept(job, a, x, t, p)
+        return
+    while r < t.rows:
+        run = next_rows(a, t, job.width, &r, &which)
+        if which == NONE:
+            clear_rows(a.y, x, run, job.width)
+            if a.dresidual != NULL:
+                clear_rows(a.dresidual, x, run, job.width)
+        else:
+            backward_kept(job, a if which == SOME else without_mask(a), x, run, p)

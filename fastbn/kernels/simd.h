@@ -27,8 +27,10 @@
 #define INLINE static __forceinline
 #define fastbn_prefetch(p) ((void)(p))
 #define OPAQUE(v) ((void)0)
+#define OPAQUE_INT(v) ((void)0)
 #else
 #define OPAQUE(v) __asm__("" : "+x"(v)) /* a value that the compiler does not know */
+#define OPAQUE_INT(v) __asm__("" : "+r"(v))
 #define INLINE static inline __attribute__((always_inline))
 #define fastbn_prefetch(p) __builtin_prefetch((p), 0, 2)
 #endif
@@ -336,6 +338,29 @@ INLINE d8 d8_where_number(d8 t, d8 g) { LANE(d8, 8, t.v[i] == t.v[i] ? g.v[i] : 
 INLINE f16 f16_flags(const unsigned char *p, int k) { LANE(f16, 16, i < k && p[i] ? 1 : 0); }
 INLINE d8 d8_flags(const unsigned char *p, int k) { LANE(d8, 8, i < k && p[i] ? 1 : 0); }
 #endif
+
+/* 1 for a byte that is not 0, else 0; by a branch, as compilers like it, a random mask would cost
+ * three times as much. */
+INLINE double fastbn_flag(const unsigned char *p) {
+    int v = *p != 0;
+    OPAQUE_INT(v);
+    return v;
+}
+
+/* 16 where none of 16 bytes is 0, 0 where all are, else 1. */
+INLINE int fastbn_kept16(const unsigned char *p) {
+    unsigned long long a, b;
+    memcpy(&a, p, 8);
+    memcpy(&b, p + 8, 8);
+    if ((a | b) == 0) return 0;
+    return (a & b) == 0x0101010101010101ULL ? 16 : 1;
+}
+
+INLINE int fastbn_kept8(const unsigned char *p) {
+    unsigned long long a;
+    memcpy(&a, p, 8);
+    return a == 0x0101010101010101ULL;
+}
 
 /* The sum of the lanes, in one order on every machine. */
 INLINE double d8_sum(d8 a) {

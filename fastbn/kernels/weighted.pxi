@@ -2,6 +2,10 @@
 # w (x - pivot) and w (x - pivot)^2 (West 1979 has the formulas; here they are taken by chunks and
 # merged, as without weights). A mask and omitted NaN are weights of 0.
 #
+# Most masks are padding, and most weights hide nothing: stretches that are all kept are summed as
+# without a mask, those left out are skipped, and products with weights are tried without a look
+# at what weight 0 hides, and taken again with one where they came out NaN.
+#
 # A chunk keeps its pivot and sum of weights for each feature. No value of the data can be counted
 # on to be there, so that chunks have no origin in common before they are merged.
 
@@ -16,16 +20,32 @@ cdef struct Sums:
     d8 b
 
 
-cdef inline Sums add_weighted(Sums s, Arrays a, d8 x, d8 pivot, d8 weight) noexcept nogil:
+cdef inline Sums add_weighted(Sums s, Arrays a, bint careful, d8 x, d8 pivot,
+                              d8 weight) noexcept nogil:
+    """`careful` of what a weight of 0 hides."""
     cdef d8 d = d8_less(x, pivot)
     if a.omit:
         weight = where_number(x, weight)
-    d = where(weight, d)
+        d = where_number(x, d)
+    if careful:
+        d = where(weight, d)
     s.n = add(s.n, weight)
-    weight = mul(weight, d)
+    if a.weights != NULL:
+        weight = mul(weight, d)
+    else:
+        weight = d                          # weights are 0 or 1, and d is 0 with them
     s.a = add(s.a, weight)
     s.b = fma(weight, d, s.b)
     return s
+
+
+cdef inline bint hides_nan(const double *sums, const double *counts,
+                           Py_ssize_t features) noexcept nogil:
+    cdef Py_ssize_t f
+    for f in range(features):
+        if isnan(sums[f]) and counts[f] > 0:
+            return True
+    return False
 
 
 cdef double pivot_of(const Job *job, Arrays a, const pack *x, Py_ssize_t f, Py_ssize_t o,
@@ -64,7 +84,7 @@ cdef inline void add_columns(double *sums, Arrays a, const double *pivot, const 
         w = load(<d8 *> weights, r * ROOM + j * step, 8)
         if k < 8:
             w = d8_keep(w, k)
-        s = add_weighted(s, a, widen(x, r * stride + j, k), p, w)
+        s = add_weighted(s, a, True, widen(x, r * stride + j, k), p, w)
     store(<d8 *> sums, j, 8, s.n)
     store(<d8 *> sums, j + ROOM, 8, s.a)
     store(<d8 *> sums, j + 2 * ROOM, 8, s.b)
@@ -74,7 +94,7 @@ cdef inline void add_rows(double *sums, const Job *job, Arrays a, const double *
                           const pack *x, Tile t, Py_ssize_t r, int rows,
                           double *weights) noexcept nogil:
     """Rows [r, r + rows) of a tile, the last of which may be its short one."""
-    cdef Py_ssize_t j = 0, step = sample_step(job)
+    cdef Py_ssize_t j = 0, step = sample_step(job, a)
     cdef Py_ssize_t columns = t.columns if r < t.rows else t.rest
     cdef const pack *row = at(x, t.start + r * job.width)
     cdef int n
@@ -93,7 +113,9 @@ cdef inline void add_rows(double *sums, const Job *job, Arrays a, const double *
 
 
 cdef inline void add_tile(double *sums, const Job *job, Arrays a, const double *pivot,
-                          const pack *x, Tile t, double *weights) noexcept nogil:
+                          const pack *x, Tile t) noexcept nogil:
+    """Any rows: weights are laid out by column."""
+    cdef double weights[ROWS * ROOM]
     cdef Py_ssize_t r = 0
     while r + ROWS <= t.rows:
         add_rows(sums, job, a, pivot, x, t, r, ROWS, weights)
@@ -103,17 +125,101 @@ cdef inline void add_tile(double *sums, const Job *job, Arrays a, const double *
         r += 1
 
 
+cdef inline void add_sample_rows(double *sums, const double *pivot, const pack *x,
+                                 Py_ssize_t stride, int rows, Py_ssize_t columns,
+                                 Py_ssize_t ahead, const double *weights,
+                                 pack *zeros) noexcept nogil:
+    """`rows` samples that have a weight each, from column 0 of sums and pivot on.
+
+    A row of zeros is read for one of weight 0, whatever it holds.
+    """
+    cdef const pack *row[ROWS]
+    cdef d8 weight[ROWS]
+    cdef d8 p, d, w, s, q
+    cdef Py_ssize_t j
+    cdef int r, k
+    for r in range(rows):
+        weight[r] = d8_splat(weights[r])
+        row[r] = at(x, r * stride) if weights[r] != 0 else zeros
+    for j in range(0, columns, 8):
+        k = <int> min(8, columns - j)
+        if rows == ROWS:
+            for r in range(rows):
+                fastbn_prefetch(at(x, r * stride + j + ahead))
+        p, s = load(<d8 *> pivot, j, 8), load(<d8 *> sums, j + ROOM, 8)
+        q = load(<d8 *> sums, j + 2 * ROOM, 8)
+        for r in range(rows):
+            d = d8_less(widen(row[r], j, k), p)
+            if k < 8:                       # what lies beyond has a pivot, and may be a column
+                d = d8_keep(d, k)
+            w = mul(weight[r], d)
+            s = add(s, w)
+            q = fma(w, d, q)
+        store(<d8 *> sums, j + ROOM, 8, s)
+        store(<d8 *> sums, j + 2 * ROOM, 8, q)
+
+
+cdef inline bint by_sample(const Job *job, Arrays a) noexcept nogil:
+    """Whether samples are taken one by one, each with its weight in a register."""
+    return (job.inner == 1 and (job.fold == 1 or job.features % 8 == 0) and not a.omit)
+
+
+cdef double add_samples(double *sums, const Job *job, Arrays a, const double *pivot,
+                        const pack *x, Tile t) noexcept nogil:
+    """The samples of a tile one by one; the sum of weights, which all features share."""
+    cdef double zeros[ROOM]
+    cdef double w[ROWS]
+    cdef Py_ssize_t r = 0, k, samples, at_
+    cdef int n, rows
+    cdef double total = 0
+    memset(zeros, 0, sizeof(zeros))
+    while r < t.rows + (t.rest > 0):
+        rows = ROWS if r + ROWS <= t.rows else 1
+        samples = job.fold if r < t.rows else t.rest // t.features
+        for k in range(samples):
+            for n in range(rows):
+                w[n] = one_weight(a, (t.row + r + n) * job.fold + k)
+                total += w[n]
+            at_ = t.start + r * job.width + k * t.features
+            if rows == 1:
+                add_sample_rows(sums + k * t.features, pivot + k * t.features, at(x, at_),
+                                job.width, 1, t.features, 0, w, <pack *> zeros)
+            elif w[0] != 0 or w[1] != 0 or w[2] != 0 or w[3] != 0:
+                add_sample_rows(sums + k * t.features, pivot + k * t.features, at(x, at_),
+                                job.width, ROWS, t.features, job.ahead_rows, w, <pack *> zeros)
+        r += rows
+    return total
+
+
+cdef double add_kept(double *sums, const Job *job, Arrays a, const double *pivot, const pack *x,
+                     Tile t) noexcept nogil:
+    """The same with a mask and without weights, of rows that are one sample each."""
+    cdef Py_ssize_t r = 0
+    cdef double total = 0
+    cdef Tile run
+    cdef Kept which
+    while r < t.rows:
+        run = next_rows(a, t, job.width, &r, &which)
+        if which == ALL:
+            total += run.rows
+            sum_rows(sums + ROOM, sums + 2 * ROOM, pivot, at(x, run.start), job.width, run.rows,
+                     t.columns, job.ahead_rows)
+        elif which == SOME:
+            total += add_samples(sums, job, a, pivot, x, run)
+    return total
+
+
 cdef void weighted_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
                         Py_ssize_t g) noexcept nogil:
     """part_n, part_pivot, part_a, part_b <- moments of chunk c of the features of group g."""
     cdef Tile t = tile_of(job, c, g)
     cdef double pivot[ROOM]
-    cdef double sums[3 * ROOM]
-    cdef double weights[ROWS * ROOM]
+    cdef double sums[3 * ROOM]              # of weights, of w d and of w d^2
     cdef Py_ssize_t f, at_ = c * job.features + t.first
     cdef double *pivots = job.part_pivot + at_
     cdef double *mean = job.part_a + at_
     cdef double *m2 = job.part_b + at_
+    cdef double total
     cdef int attempt, s
     for f in range(t.features):
         pivots[f] = pivot_of(job, a, x, t.first + f, t.row * job.fold, 0,
@@ -122,9 +228,18 @@ cdef void weighted_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
         memset(pivot + t.columns, 0, PAD * sizeof(double))
         spread(<d8 *> pivot, <d8 *> pivots, t.features, job.inner, job.fold)
         memset(sums, 0, sizeof(sums))
-        add_tile(sums, job, a, pivot, x, t, weights)
+        total = -1                          # where it differs from feature to feature
+        if by_sample(job, a) and one_sample(job) and a.weights == NULL:
+            total = add_kept(sums, job, a, pivot, x, t)
+        elif by_sample(job, a):
+            total = add_samples(sums, job, a, pivot, x, t)
+        else:
+            add_tile(sums, job, a, pivot, x, t)
         for s in range(3):
             gather(sums + s * ROOM, t.features, job.inner, job.fold)
+        if total >= 0:
+            for f in range(t.features):
+                sums[f] = total
         if (not close_chunk(sums + ROOM, sums + 2 * ROOM, t.features, sums, 0, mean, m2)
                 or attempt == 1):
             break
@@ -136,60 +251,95 @@ cdef void weighted_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
 
 # --- Planes --------------------------------------------------------------------------------------
 
-cdef inline void add_run(Sums *two, Arrays a, const pack *x, Py_ssize_t i, Py_ssize_t end,
-                         Py_ssize_t ahead, Py_ssize_t to_sample, double pivot) noexcept nogil:
+cdef struct Run:
+    # Sums of a feature: with weights, in two so that one multiply-add need not wait for the last;
+    # and those of stretches that are kept as a whole.
+    Sums s
+    Sums t
+    Lanes whole
+    double kept             # elements in these
+
+
+cdef inline void add_run(Run *run, Arrays a, bint careful, const pack *x, Py_ssize_t i,
+                         Py_ssize_t end, Py_ssize_t ahead, Py_ssize_t to_sample,
+                         double pivot) noexcept nogil:
     """Elements [i, end) of a feature; element i is sample i + to_sample."""
     cdef d8 p = d8_splat(pivot)
-    cdef Sums s = two[0], t = two[1]
-    cdef int k
+    cdef Sums s = run.s, t = run.t
+    cdef Lanes whole = run.whole
+    cdef bint mask = a.where != NULL and a.weights == NULL and not a.omit
+    cdef int k, kept
     while i + 16 <= end:
+        if mask:
+            kept = fastbn_kept16(a.where + i + to_sample)
+            if kept == 16:
+                whole = sum_part(whole, x, i, i + 16, ahead, pivot)
+                run.kept += 16
+            if kept == 16 or kept == 0:
+                i += 16
+                continue
         fastbn_prefetch(at(x, i + ahead))
         if pack is d8:
             fastbn_prefetch(at(x, i + ahead + 8))
-        s = add_weighted(s, a, widen(x, i, 8), p, weight_at(a, i + to_sample, 8))
-        t = add_weighted(t, a, widen(x, i + 8, 8), p, weight_at(a, i + 8 + to_sample, 8))
+        s = add_weighted(s, a, careful, widen(x, i, 8), p, weight_at(a, i + to_sample, 8))
+        t = add_weighted(t, a, careful, widen(x, i + 8, 8), p, weight_at(a, i + 8 + to_sample, 8))
         i += 16
     while i < end:
         k = <int> min(8, end - i)
-        s = add_weighted(s, a, widen(x, i, k), p, weight_at(a, i + to_sample, k))
+        s = add_weighted(s, a, True, widen(x, i, k), p, weight_at(a, i + to_sample, k))
         i += 8
-    two[0], two[1] = s, t
+    run.s, run.t, run.whole = s, t, whole
+
+
+cdef inline void add_runs(Run *runs, const Job *job, Arrays a, bint careful, const pack *x,
+                          Block t, const double *pivots) noexcept nogil:
+    cdef Py_ssize_t r, f, i, middle, s
+    for r in range(t.runs):
+        for f in range(t.features):
+            i = t.start + r * t.stride + f * job.inner
+            middle = i + (t.length - t.near) // 16 * 16
+            s = sample_of(job, t, r, i)
+            add_run(runs + f, a, careful, x, i, middle, t.near, s, pivots[f])
+            add_run(runs + f, a, careful, x, middle, i + t.length, t.far, s, pivots[f])
 
 
 cdef void weighted_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
                           Py_ssize_t g) noexcept nogil:
     """The same of chunk c of the features of group g in the planes layout."""
     cdef Block t = block_of(job, c, g)
-    cdef Sums sums[2 * GROUP]
+    cdef Run runs[GROUP]
     cdef double n[GROUP]
     cdef double sum1[GROUP]
     cdef double sum2[GROUP]
-    cdef Py_ssize_t r, f, i, middle, at_ = c * job.features + t.first
+    cdef Py_ssize_t f, at_ = c * job.features + t.first
     cdef double *pivots = job.part_pivot + at_
     cdef double *mean = job.part_a + at_
     cdef double *m2 = job.part_b + at_
-    cdef int attempt
+    cdef Lanes w
+    cdef int attempt = 0
+    cdef bint careful = a.weights == NULL and a.where != NULL
     for f in range(t.features):
         pivots[f] = pivot_of(job, a, x, t.first + f, t.sample // job.inner,
                              t.sample % job.inner, t.length)
-    for attempt in range(2):
-        memset(sums, 0, 2 * t.features * sizeof(Sums))
-        for r in range(t.runs):
-            for f in range(t.features):
-                i = t.start + r * t.stride + f * job.inner
-                middle = i + (t.length - t.near) // 16 * 16
-                add_run(sums + 2 * f, a, x, i, middle, t.near, sample_of(job, t, r, i),
-                        pivots[f])
-                add_run(sums + 2 * f, a, x, middle, i + t.length, t.far, sample_of(job, t, r, i),
-                        pivots[f])
+    while attempt < 2:
+        memset(runs, 0, t.features * sizeof(Run))
+        if careful:
+            add_runs(runs, job, a, True, x, t, pivots)
+        else:
+            add_runs(runs, job, a, False, x, t, pivots)
         for f in range(t.features):
-            n[f] = d8_sum(add(sums[2 * f].n, sums[2 * f + 1].n))
-            sum1[f] = d8_sum(add(sums[2 * f].a, sums[2 * f + 1].a))
-            sum2[f] = d8_sum(add(sums[2 * f].b, sums[2 * f + 1].b))
-        if not close_chunk(sum1, sum2, t.features, n, 0, mean, m2) or attempt == 1:
+            w = runs[f].whole
+            n[f] = d8_sum(add(runs[f].s.n, runs[f].t.n)) + runs[f].kept
+            sum1[f] = d8_sum(add(add(runs[f].s.a, runs[f].t.a), add(w.a, w.b)))
+            sum2[f] = d8_sum(add(add(runs[f].s.b, runs[f].t.b), add(w.a2, w.b2)))
+        if not careful and hides_nan(sum1, n, t.features):
+            careful = True
+            continue
+        if not close_chunk(sum1, sum2, t.features, n, 0, mean, m2):
             break
+        attempt += 1
         for f in range(t.features):
-            if cancelled(m2[f], sum2[f]):
+            if attempt == 1 and cancelled(m2[f], sum2[f]):
                 pivots[f] += mean[f]
     memcpy(job.part_n + at_, n, t.features * sizeof(double))
 
