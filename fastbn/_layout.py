@@ -24,11 +24,6 @@ class Layout(NamedTuple):
     ordered: tuple[int, ...]  # the array's shape in that order
     shape: tuple[int, int, int]  # (outer, features, inner)
 
-    @property
-    def in_c_order(self) -> bool:
-        """Whether the axes lie in memory as they are numbered."""
-        return self.order == tuple(range(len(self.order)))
-
     def view(self, a: Array) -> Array | None:
         """`a` as (outer, features, inner) without a copy, None if it lies in another order."""
         t = np.asarray(a).transpose(self.order)  # a plain array, of a subclass too

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,14 +16,18 @@ NanPolicy = Literal["propagate", "omit", "raise"]
 class Samples(NamedTuple):
     """Which samples count, and how much; `weights` are 0 wherever `where` is False."""
 
-    weights: Array | None = None  # float64, one for each sample, as they lie in memory
-    where: Array | None = None  # bool, the same
-    omit: bool = False
+    weights: Array | None  # float64, shape (outer, inner) of the layout
+    where: Array | None  # bool, the same
+    omit: bool
 
 
-def everything(weights: Any, where: Any, nan: Any) -> bool:
-    """Whether the three arguments leave nothing out and weigh nothing."""
-    return weights is None and where is None and type(nan) is str and nan == "propagate"
+def given_samples(weights: Any, where: Any, nan: Any) -> Samples | None:
+    """The arguments as the kernels take them, unchecked; None where they need work first."""
+    if type(nan) is not str or (weights is not None and where is not None):
+        return None
+    if nan == "propagate":
+        return Samples(weights, where, False)
+    return Samples(weights, where, True) if nan == "omit" else None
 
 
 def check_samples(
@@ -46,18 +49,15 @@ def check_samples(
         if mask is not None:
             scale = np.where(mask, scale, 0.0)
         if scale.size and not _runtime.kernels.weights_fit(scale):
-            odd = next(
-                (w for w in scale.tolist() if not 0 <= w < math.inf), "a sum that is infinite"
-            )
-            raise ValueError(f"weights: expected finite numbers >= 0 and sum, got {odd}")
+            odd = scale[~((scale >= 0) & (scale < np.inf))]
+            got = odd[0] if odd.size else f"a sum of {scale.size} that overflows"
+            raise ValueError(f"weights: expected finite numbers >= 0 and a finite sum, got {got}")
     return Samples(scale, mask, nan == "omit")
 
 
 def _by_sample(values: Array, name: str, a: Array, axis: int, layout: Layout) -> Array:
     """Values of x's shape without the feature axis, or that broadcast to it, as x lies in memory."""
     shape = a.shape if a.ndim == 1 else a.shape[:axis] + a.shape[axis + 1 :]
-    if values.shape == shape and values.flags.c_contiguous and layout.in_c_order:
-        return values if values.ndim == 1 else values.ravel()
     try:
         values = np.broadcast_to(values, shape)
     except ValueError:
@@ -67,7 +67,8 @@ def _by_sample(values: Array, name: str, a: Array, axis: int, layout: Layout) ->
         ) from None
     if a.ndim > 1:
         values = np.expand_dims(values, axis)
-    return np.ascontiguousarray(values.transpose(layout.order)).ravel()
+    outer, _, inner = layout.shape
+    return np.ascontiguousarray(values.transpose(layout.order)).reshape(outer, inner)
 
 
 def refuse_nan(a: Array, axis: int, mean: Array, where: Any) -> None:

@@ -22,7 +22,7 @@ from fastbn._arguments import (
 )
 from fastbn._checked import Stats, check, given, mean_and_var
 from fastbn._layout import Array, layout_of
-from fastbn._samples import NanPolicy, check_samples, everything, refuse_nan
+from fastbn._samples import NanPolicy, check_samples, given_samples, refuse_nan
 from fastbn.statistics import Moments
 
 Activation = Literal["relu"] | None
@@ -87,8 +87,10 @@ def moments(
     Moments(count=[2.], mean=[2.], std=[1.])
     """
     threads = _runtime.get_num_threads()
-    plain = everything(weights, where, nan)
-    table = _runtime.kernels.moments(x, axis, threads) if plain else None
+    samples = given_samples(weights, where, nan)
+    table = None
+    if samples is not None:
+        table = _runtime.kernels.moments(x, axis, threads, *samples)
     if table is None:
         a = as_array(x, "x")
         axis = check_axis(axis, a, "x")
@@ -159,9 +161,21 @@ def normalize(
     array([-4.287, -3.062])
     """
     threads = _runtime.get_num_threads()
-    if everything(None, where, nan):
+    samples = given_samples(None, where, nan)
+    if samples is not None:
         y = _runtime.kernels.normalize(
-            x, *given(stats), gamma, beta, axis, eps, out, activation, residual, threads
+            x,
+            *given(stats),
+            gamma,
+            beta,
+            axis,
+            eps,
+            out,
+            activation,
+            residual,
+            threads,
+            samples.where,
+            samples.omit,
         )
         if y is not None:
             return y
@@ -230,9 +244,10 @@ def batch_norm(
            [ 1.6124,  1.4495]])
     """
     threads = _runtime.get_num_threads()
-    if everything(weights, where, nan):
+    samples = given_samples(weights, where, nan)
+    if samples is not None:
         done = _runtime.kernels.forward(
-            x, gamma, beta, axis, eps, out, activation, residual, threads
+            x, gamma, beta, axis, eps, out, activation, residual, threads, *samples
         )
         if done is not None:
             return done[0], Moments._wrap(done[1])
@@ -320,8 +335,9 @@ def batch_norm_backward(
     """
     threads = _runtime.get_num_threads()
     training = bool(training)
+    samples = given_samples(weights, where, nan)
     done = None
-    if everything(weights, where, nan):
+    if samples is not None:
         done = _runtime.kernels.backward(
             dy,
             x,
@@ -335,6 +351,7 @@ def batch_norm_backward(
             activation,
             residual,
             threads,
+            *samples,
         )
     if done is None:
         c = check(x, "x", gamma, beta, axis, eps, out, activation, residual)
@@ -346,13 +363,10 @@ def batch_norm_backward(
             dresidual = None if c.residual is None else np.empty(c.x.shape, c.dtype)
             done = dx, np.zeros(c.features), np.zeros(c.features), dresidual
         else:
-            total = None  # n, where it is not the number of samples
-            if nan == "raise" or (training and not everything(weights, where, nan)):
-                if nan == "raise" or not isinstance(stats, Moments):
-                    m = moments(c.x, axis=axis, weights=weights, where=where, nan=nan)
-                    total = m.count
-                else:
-                    total = stats.count
+            total = stats.count if isinstance(stats, Moments) else None
+            if nan == "raise" or (total is None and training):
+                m = moments(c.x, axis=axis, weights=weights, where=where, nan=nan)
+                total = m.count if total is None else total
             target = c.target(mean, var, samples.weights, samples.where, dy=g)
             _, dgamma, dbeta, d3 = _runtime.kernels.backward(
                 c.dense(g),
@@ -368,9 +382,7 @@ def batch_norm_backward(
                 c.activation,
                 c.dense(c.residual),
                 threads,
-                samples.weights if training else None,
-                samples.where,
-                samples.omit,
+                *samples,
                 total,
             )
             dresidual = None if d3 is None else c.layout.restore(d3)

@@ -17,6 +17,7 @@ cdef struct Call:
     Job job
     Arrays a
     Operand x
+    int axis                        # of the features in x
     int extreme
     char *memory                    # scratch
     double *vectors                 # room for a mean and a variance of float32
@@ -47,6 +48,7 @@ cdef bint begin(Call *call, Operation operation, x, axis, eps, activation, int t
     feature_axis = axis
     if feature_axis < 0:
         feature_axis += call.x.ndim
+    call.axis = <int> feature_axis
     job.outer = job.features = job.inner = 1
     if call.x.ndim == 1 or call.x.shape[feature_axis] == 1:
         job.inner = call.x.size
@@ -140,6 +142,13 @@ cdef object result(Call *call, object x, object out, const void *in1, const void
     for k in range(VECTORS):
         if call.given[k].data != NULL and not apart(&o, &call.given[k]):
             return None
+    other.size, other.itemsize = <Py_ssize_t> call.job.n, sizeof(double)
+    other.data = <char *> call.a.weights
+    if other.data != NULL and not apart(&o, &other):
+        return None
+    other.itemsize, other.data = 1, <char *> call.a.where
+    if other.data != NULL and not apart(&o, &other):
+        return None
     return out
 
 
@@ -196,20 +205,46 @@ cdef bint statistics(Call *call, object mean, object var) except -1:
     return True
 
 
-cdef bint samples(Call *call, object weights, object where, bint omit) except -1:
-    """Take what functional.py made of these arguments: dense, of shape (outer, inner), or None."""
+cdef bint by_sample_array(Call *call, object array, int dtype, void **where) except -1:
+    """Take an array of `dtype` with x's shape but for the feature axis, both in C order."""
     cdef np.ndarray a
-    cdef Py_ssize_t n = call.job.outer * call.job.inner
-    call.a.omit = omit
-    if weights is not None:
-        a = weights
-        assert np.PyArray_TYPE(a) == np.NPY_FLOAT64 and np.PyArray_SIZE(a) == n
-        call.a.weights = <double *> np.PyArray_DATA(a)
-    if where is not None:
-        a = where
-        assert np.PyArray_TYPE(a) == np.NPY_BOOL and np.PyArray_SIZE(a) == n
-        call.a.where = <unsigned char *> np.PyArray_DATA(a)
+    cdef int k, n = 0
+    if array is None:
+        return True
+    if not np.PyArray_CheckExact(array) or not contiguous(&call.x):
+        return False
+    a = array
+    if (np.PyArray_TYPE(a) != dtype or not np.PyArray_ISCARRAY_RO(a)
+            or np.PyArray_NDIM(a) != max(1, call.x.ndim - 1)):
+        return False
+    for k in range(call.x.ndim):
+        if k != call.axis or call.x.ndim == 1:
+            if np.PyArray_DIM(a, n) != call.x.shape[k]:
+                return False
+            n += 1
+    where[0] = np.PyArray_DATA(a)
     return True
+
+
+cdef bint samples(Call *call, object weights, object where, bint omit) except -1:
+    """Take weights, 0 wherever the mask is False, and the mask; or None for none."""
+    call.a.omit = omit
+    return (by_sample_array(call, weights, np.NPY_FLOAT64, <void **> &call.a.weights)
+            and by_sample_array(call, where, np.NPY_BOOL, <void **> &call.a.where)
+            and (weights is None or fit(call.a.weights, <Py_ssize_t> call.job.n)))
+
+
+cdef bint fit(const double *weights, Py_ssize_t n) noexcept:
+    """Whether all are >= 0, and their sum is finite."""
+    cdef Py_ssize_t i
+    cdef d8 value, total = d8_splat(0), zero = d8_splat(0)
+    cdef int negative = 0, k
+    for i in range(0, n, 8):
+        k = <int> min(8, n - i)
+        value = load(<d8 *> weights, i, k)
+        negative |= d8_any_less(value, zero)
+        total = add(total, value)
+    return not negative and isfinite(d8_sum(total))
 
 
 cdef bint compute(Call *call) except -1:
@@ -247,9 +282,9 @@ def moments(x, axis, int threads, weights=None, where=None, bint omit=False):
     """The table of x's Moments; None if an argument is not ordinary."""
     cdef Call call
     try:
-        if not begin(&call, MOMENTS, x, axis, 0.0, None, threads):
+        if not (begin(&call, MOMENTS, x, axis, 0.0, None, threads)
+                and samples(&call, weights, where, omit)):
             return None
-        samples(&call, weights, where, omit)
         table = new_table(&call)
         compute(&call)
         return table
@@ -265,12 +300,12 @@ def forward(x, gamma, beta, axis, eps, out, activation, residual, int threads, w
         if not (begin(&call, FORWARD, x, axis, eps, activation, threads)
                 and per_feature(&call, gamma, 0, &call.job.gamma)
                 and per_feature(&call, beta, 1, &call.job.beta)
-                and like_x(&call, residual, &call.a.residual)):
+                and like_x(&call, residual, &call.a.residual)
+                and samples(&call, weights, where, omit)):
             return None
         y = result(&call, x, out, call.a.residual, NULL)
         if y is None:
             return None
-        samples(&call, weights, where, omit)
         table = new_table(&call)
         compute(&call)
         return y, table
@@ -287,11 +322,11 @@ def normalize(x, mean, var, gamma, beta, axis, eps, out, activation, residual, i
                 and statistics(&call, mean, var)
                 and per_feature(&call, gamma, 0, &call.job.gamma)
                 and per_feature(&call, beta, 1, &call.job.beta)
-                and like_x(&call, residual, &call.a.residual)):
+                and like_x(&call, residual, &call.a.residual)
+                and samples(&call, None, where, omit)):
             return None
         y = result(&call, x, out, call.a.residual, NULL)
         if y is not None:
-            samples(&call, None, where, omit)
             compute(&call)
         return y
     finally:
@@ -310,15 +345,20 @@ def backward(dy, x, mean, var, gamma, beta, axis, eps, bint training, out, activ
                 and per_feature(&call, gamma, 0, &call.job.gamma)
                 and per_feature(&call, beta, 1, &call.job.beta)
                 and like_x(&call, dy, &call.a.dy)
-                and like_x(&call, residual, &call.a.residual)):
+                and like_x(&call, residual, &call.a.residual)
+                and samples(&call, weights if training else None, where, omit)):
             return None
+        if training and chosen(call.a):
+            if total is not None:               # Moments.count, or one like it
+                read(total, &o)
+                call.job.total = <double *> o.data
+            elif var is None:
+                call.job.total = call.job.count
+            else:
+                return None
         dx = result(&call, x, out, call.a.dy, call.a.residual)
         if dx is None:
             return None
-        samples(&call, weights, where, omit)
-        if total is not None:                   # float64, as many as there are features
-            read(total, &o)
-            call.job.total = <double *> o.data
         dresidual = None
         if residual is not None:
             dresidual = new_like(x)
@@ -335,20 +375,9 @@ def backward(dy, x, mean, var, gamma, beta, axis, eps, bint training, out, activ
         release(&call)
 
 
-def weights_fit(weights):
-    """Whether all of a non-empty dense float64 array are >= 0, and their sum is finite."""
-    cdef np.ndarray a = weights
-    cdef const double *w = <double *> np.PyArray_DATA(a)
-    cdef Py_ssize_t i, n = np.PyArray_SIZE(a)
-    cdef d8 value, total = d8_splat(0), zero = d8_splat(0)
-    cdef int negative = 0, k
-    with nogil:
-        for i in range(0, n, 8):
-            k = <int> min(8, n - i)
-            value = load(<d8 *> w, i, k)
-            negative |= d8_any_less(value, zero)
-            total = add(total, value)
-    return not negative and isfinite(d8_sum(total))
+def weights_fit(np.ndarray weights):
+    """`fit`, of a dense float64 array."""
+    return fit(<double *> np.PyArray_DATA(weights), np.PyArray_SIZE(weights))
 
 
 def merge(table, other):
