@@ -4,7 +4,8 @@ from fastbn._runtime import get_num_threads, num_threads, set_num_threads, show_
 from fastbn._version import __version__
 from fastbn.functional import batch_norm, batch_norm_backward, denormalize, moments, normalize
 from fastbn.layer import BatchNorm
-from fastbn.statistics import Moments, RunningMoments
+from fastbn.running import RunningMoments
+from fastbn.statistics import Moments
 
 __all__ = [
     "BatchNorm",

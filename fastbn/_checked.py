@@ -17,7 +17,8 @@ from fastbn._arguments import (
     per_feature_or_none,
 )
 from fastbn._layout import Array, Layout, Target, layout_of
-from fastbn.statistics import Moments, RunningMoments
+from fastbn.running import RunningMoments
+from fastbn.statistics import Moments
 
 Stats = Moments | RunningMoments | tuple[Any, Any]
 

@@ -29,7 +29,8 @@ from fastbn.functional import (
     moments,
     normalize,
 )
-from fastbn.statistics import Moments, NonFinite, RunningMoments, check_momentum
+from fastbn.running import NonFinite, RunningMoments, check_momentum
+from fastbn.statistics import Moments
 
 Convention = Literal["torch", "keras", "onnx"]
 
