@@ -140,7 +140,9 @@ def test_running_statistics_normalise():
 @pytest.mark.parametrize("nonfinite", ["raise", "skip", "propagate"])
 def test_finite_batches_whose_statistics_together_are_not(momentum, nonfinite):
     low, high = (Moments([2], [mean], [1.0]) for mean in (-1.5e308, 1.5e308))
-    running = RunningMoments(1, momentum=momentum, nonfinite=nonfinite)
+    # With momentum=None that is so before there are samples enough for a variance, too.
+    ddof = 7 if momentum is None else 1
+    running = RunningMoments(1, momentum=momentum, ddof=ddof, nonfinite=nonfinite)
     running.update(low, momentum=None if momentum is None else 1.0)
     before = state(running), running.seen, running.updates
     if nonfinite == "raise":

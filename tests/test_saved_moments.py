@@ -75,7 +75,7 @@ def test_a_saved_file_is_like_one_from_open(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     received = []
-    reader = threading.Thread(target=lambda: received.append(pipe.read_bytes()))
+    reader = threading.Thread(target=lambda: received.append(pipe.read_bytes()), daemon=True)
     reader.start()
     A.save(pipe)
     reader.join(10)
