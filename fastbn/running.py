@@ -146,7 +146,7 @@ class RunningMoments:
         for name in ("mean", "var"):
             if name in changes:
                 changes[name] = per_feature(changes[name], name, self.num_features).copy()
-        if (changes.get("var", self.var) < 0).any():
+        if "var" in changes and (changes["var"] < 0).any():
             raise ValueError(f"var: expected variances >= 0, got {changes['var'].min()}")
         with _lock:
             self._state = self._state._replace(**changes)

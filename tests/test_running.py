@@ -193,6 +193,9 @@ def test_assignment():
         with pytest.raises(error, match=f"^{name}: expected"):
             running.mean_and_var = pair["mean"], pair["var"]
     assert state(running) == ([4, 5, 6], [1, 0.5, 3])
+    running.update(A + A.merge(fastbn.moments(BATCHES[0])), momentum=-9)
+    assert running.var.min() < 0  # as such a momentum can do
+    running.mean = mean
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
