@@ -48,7 +48,7 @@ def draw(report: Shift, ax: Axes | None) -> Axes:
         ax.annotate(moved, (1.015, row), xycoords=ax.get_yaxis_transform(), va="center",
                     color=style["color"])  # fmt: skip
     ax.annotate("moved", (1.015, 1), (0, 6), xycoords="axes fraction", textcoords="offset points")
-    ax.set_yticks(range(len(order)), [report._label(k) for k in order])
+    ax.set_yticks(range(len(order)), [report._label(k) for k in order], parse_math=False)
     ax.set(xlim=(-limit, limit), ylim=(len(order) - 0.4, -0.6))
     ax.set_xlabel("mean ± std, in the reference's standard deviations from its mean")
     rest = len(over) - len(order)
