@@ -16,7 +16,6 @@ import math
 from typing import Any
 
 import environment
-
 from shapes import SETS, Case
 
 
@@ -101,7 +100,11 @@ def main() -> None:
         for operation in ("moments", "forward", "backward"):
             numpy = operation == "moments"
             print(f"\n**{operation}, {dtype}**\n")
-            print("| shape | plain, us | " + " | ".join(kinds) + (" | NumPy / omit |" if numpy else " |"))
+            print(
+                "| shape | plain, us | "
+                + " | ".join(kinds)
+                + (" | NumPy / omit |" if numpy else " |")
+            )
             print("| --- " + "| ---: " * (len(kinds) + 1 + numpy) + "|")
             columns: list[list[float]] = []
             for case, times in results.items():

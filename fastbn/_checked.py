@@ -17,7 +17,8 @@ from fastbn._arguments import (
     per_feature_or_none,
 )
 from fastbn._layout import Array, Layout, Target, layout_of
-from fastbn.statistics import Moments, RunningMoments
+from fastbn.running import RunningMoments
+from fastbn.statistics import Moments
 
 Stats = Moments | RunningMoments | tuple[Any, Any]
 
@@ -27,7 +28,7 @@ def given(stats: Any) -> tuple[Any, Any]:
     if type(stats) is Moments:
         return stats._table, None
     if type(stats) is RunningMoments:
-        return stats.mean, stats.var
+        return stats.mean_and_var  # of one update
     return stats if type(stats) is tuple and len(stats) == 2 else (None, None)
 
 
@@ -36,7 +37,7 @@ def mean_and_var(stats: Stats, features: int) -> tuple[Array, Array]:
     if isinstance(stats, (Moments, RunningMoments)):
         if stats.mean.shape != (features,):
             raise ValueError(f"stats: expected {features} features, got {len(stats.mean)}")
-        stats = stats.mean, stats.var
+        stats = stats.mean_and_var if isinstance(stats, RunningMoments) else (stats.mean, stats.var)
     if not isinstance(stats, tuple) or len(stats) != 2:
         raise TypeError(
             "stats: expected Moments, RunningMoments or a (mean, var) tuple, got "

@@ -28,13 +28,6 @@ from fastbn.statistics import Moments
 Activation = Literal["relu"] | None
 
 
-def _no_data(features: int) -> Moments:
-    """Moments of an empty batch."""
-    table = np.zeros((4, features))
-    table[1] = np.nan
-    return Moments._wrap(table)
-
-
 def moments(
     x: Any,
     *,
@@ -97,7 +90,7 @@ def moments(
         layout = layout_of(a, axis)
         samples = check_samples(a, axis, layout, weights, where, nan)
         if a.size == 0:
-            return _no_data(features_of(a, axis))
+            return Moments.empty(features_of(a, axis))
         x3 = layout.dense(a, compute_dtype(a))
         table = _runtime.kernels.moments(x3, 1, threads, *samples)
         assert table is not None
@@ -255,7 +248,7 @@ def batch_norm(
     samples = check_samples(c.x, c.axis, c.layout, weights, where, nan)
     if c.x.size == 0:
         y = np.empty(c.x.shape, c.dtype) if c.out is None else c.out
-        return y, _no_data(c.features)
+        return y, Moments.empty(c.features)
     if nan == "raise":
         moments(c.x, axis=axis, weights=weights, where=where, nan=nan)
     target = c.target(samples.weights, samples.where)

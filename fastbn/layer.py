@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import EllipsisType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from fastbn._arguments import (
     per_feature_or_none,
 )
 from fastbn._checked import Stats
+from fastbn._conventions import BATCHES, CONVENTIONS, Convention
 from fastbn._layout import Array
 from fastbn.functional import (
     Activation,
@@ -29,30 +30,8 @@ from fastbn.functional import (
     moments,
     normalize,
 )
-from fastbn.statistics import Moments, NonFinite, RunningMoments, check_momentum
-
-Convention = Literal["torch", "keras", "onnx"]
-
-
-class _Rules(NamedTuple):
-    """What a framework's batch norm means by its arguments."""
-
-    eps: float
-    momentum: float
-    momentum_of_old: bool  # whether momentum is the weight of the old value
-    ddof: int
-    needs_two: bool  # whether one value per feature is refused in training
-    keys: tuple[str, str, str, str]  # gamma, beta, mean, variance in the state
-
-
-CONVENTIONS = {
-    "torch": _Rules(1e-5, 0.1, False, 1, True, ("weight", "bias", "running_mean", "running_var")),
-    "keras": _Rules(
-        1e-3, 0.99, True, 0, False, ("gamma", "beta", "moving_mean", "moving_variance")
-    ),
-    "onnx": _Rules(1e-5, 0.9, True, 0, False, ("scale", "B", "input_mean", "input_var")),
-}
-BATCHES = "num_batches_tracked"  # in the torch state alone
+from fastbn.running import NonFinite, RunningMoments, check_momentum
+from fastbn.statistics import Moments
 
 
 class _Saved(NamedTuple):
@@ -102,6 +81,8 @@ class BatchNorm:
     grad_gamma, grad_beta : ndarray, float64, shape (C,), or None before a backward
     running : RunningMoments
         The population statistics that inference uses.
+    num_batches_tracked : int
+        How many batches they were gathered from.
     training : bool
 
     Examples
@@ -162,7 +143,6 @@ class BatchNorm:
         self.grad_gamma: Array | None = None
         self.grad_beta: Array | None = None
         self.training = True
-        self.num_batches_tracked = 0
         self._saved: _Saved | None = None
 
     def train(self, mode: bool = True) -> BatchNorm:
@@ -204,7 +184,7 @@ class BatchNorm:
                 )
             y, stats = self._train(a, out, activation, residual)
         else:
-            stats = (self.running.mean, self.running.var)
+            stats = self.running.mean_and_var
             y = normalize(
                 a,
                 stats,
@@ -263,10 +243,73 @@ class BatchNorm:
         return y, m
 
     def _update(self, m: Moments) -> None:
-        # momentum=None in the torch convention: the average of all batches so far.
-        weight = 1 / (self.num_batches_tracked + 1) if self.momentum is None else None
-        if self.running.update(m, momentum=weight):
-            self.num_batches_tracked += 1
+        if self.momentum is None:  # in the torch convention: the average of all batches so far
+            self.running._update(m, lambda before: 1 / (before + 1))
+        else:
+            self.running.update(m)
+
+    @property
+    def num_batches_tracked(self) -> int:
+        return self.running.updates
+
+    @num_batches_tracked.setter
+    def num_batches_tracked(self, batches: int) -> None:
+        self.running._replace(updates=batches)
+
+    def recalibrate(self, batches: Iterable[Any]) -> Moments:
+        """Replace the running statistics by the exact ones of a data set; returns its `Moments`.
+
+        Averages that were gathered while the parameters changed lag behind them ("precise batch
+        norm": Wu & Johnson 2021), and those of training do not fit data from elsewhere (adaptive
+        batch norm: Li et al. 2016). Afterwards the running mean is the mean of all the data, and
+        the running variance theirs with the convention's degrees of freedom, however the data are
+        cut into batches. gamma, beta and the mode stay as they are.
+
+        Parameters
+        ----------
+        batches : iterable of array_like
+            Inputs of this layer. One array is ``[x]``. In a network, take the layers in order:
+            what one layer gets depends on the statistics of those before it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a batch that does not fit, or that is not finite under ``nonfinite="raise"``
+            (``"skip"`` leaves it out), and where there are too few values for a variance. Then,
+            and where `batches` raises, the layer is as it was.
+
+        Notes
+        -----
+        `num_batches_tracked` becomes the number of batches taken, as after torch's `update_bn`
+        (which averages the batches' variances, and so leaves out how their means differ).
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> bn = fastbn.BatchNorm(1)
+        >>> bn.recalibrate([np.array([1.0, 2.0]), np.array([3.0, 4.0, 5.0])]).count
+        array([5.])
+        >>> bn.running.mean, bn.running.var, bn.num_batches_tracked
+        (array([3.]), array([2.5]), 2)
+        """
+        if isinstance(batches, np.ndarray) or not isinstance(batches, Iterable):
+            kind = type(batches).__name__
+            raise TypeError(f"batches: expected an iterable of arrays, got {kind}")
+        ddof, nonfinite = self.running.ddof, self.running.nonfinite
+        exact = RunningMoments(self.num_features, momentum=None, ddof=ddof, nonfinite=nonfinite)
+        for k, x in enumerate(batches):
+            try:
+                exact.update(moments(x, axis=self.axis))
+            except (TypeError, ValueError) as error:
+                refusal = TypeError if isinstance(error, TypeError) else ValueError
+                raise refusal(f"batches: number {k}: {error}") from error
+        m = exact.seen
+        if not (m.count > ddof).all():
+            raise ValueError(
+                f"batches: expected more than {ddof:g} values per feature, got {m.count.min():g}"
+            )
+        self.running._replace(mean=exact.mean, var=exact.var, updates=exact.updates)
+        return m
 
     def backward(self, dy: Any, *, out: Array | None = None) -> Array | tuple[Array, Array]:
         """dx for the last forward; sets `grad_gamma` and `grad_beta`.
@@ -301,22 +344,24 @@ class BatchNorm:
 
         To fold into the layer before: multiply its weights by scale, and its bias, then add shift.
         """
-        std = np.sqrt(self.running.var + self.eps)
+        mean, var = self.running.mean_and_var
+        std = np.sqrt(var + self.eps)
         scale = np.divide(1.0, std, out=np.zeros_like(std), where=std != 0)
         if self.gamma is not None and self.beta is not None:
             scale = scale * self.gamma
-            return scale, self.beta - self.running.mean * scale
-        return scale, -self.running.mean * scale
+            return scale, self.beta - mean * scale
+        return scale, -mean * scale
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of the parameters and running statistics, by the convention's names."""
-        gamma, beta, mean, var = self._rules.keys
+        gamma, beta, *keys = self._rules.keys
+        running = self.running._state
         state: dict[str, Array] = {}
         if self.gamma is not None and self.beta is not None:
             state = {gamma: self.gamma.copy(), beta: self.beta.copy()}
-        state |= {mean: self.running.mean.copy(), var: self.running.var.copy()}
+        state |= {key: value.copy() for key, value in zip(keys, (running.mean, running.var))}
         if self.convention == "torch":
-            state[BATCHES] = np.array(self.num_batches_tracked)
+            state[BATCHES] = np.array(running.updates)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -334,15 +379,16 @@ class BatchNorm:
         gamma, beta, mean, var = self._rules.keys
         if (values[var] < 0).any():
             raise ValueError(f"state[{var!r}]: expected variances >= 0, got {values[var].min()}")
+        updates = self.num_batches_tracked
         if self.convention == "torch":
             batches = as_array(state[BATCHES], f"state[{BATCHES!r}]")
             if batches.size != 1 or batches.dtype.kind not in "iu" or batches.min() < 0:
                 raise ValueError(f"state[{BATCHES!r}]: expected an integer >= 0, got {batches}")
-            self.num_batches_tracked = int(batches.item())
+            updates = int(batches.item())
         if self.gamma is not None:
             self.gamma = values[gamma].astype(self.dtype)
             self.beta = values[beta].astype(self.dtype)
-        self.running.mean, self.running.var = values[mean].copy(), values[var].copy()
+        self.running._replace(mean=values[mean], var=values[var], updates=updates)
         self._saved = None
 
     def __repr__(self) -> str:

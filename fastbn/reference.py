@@ -52,13 +52,14 @@ def _samples(x: Any, axis: int, weights: Any, where: Any, nan: str) -> tuple[Arr
     scale = np.broadcast_to(1.0 if weights is None else np.asarray(weights, np.float64), shape)
     mask = np.broadcast_to(True if where is None else np.asarray(where), shape)
     rows = _by_feature(x, axis)
-    kept = np.broadcast_to(mask.ravel(), rows.shape)
+    w, each = scale.ravel()[: rows.shape[1]], mask.ravel()[: rows.shape[1]]
+    kept = np.broadcast_to(each, rows.shape)
     missing = np.isnan(rows) & kept
-    if nan == "raise" and (missing & (scale.ravel() != 0)).any():
+    if nan == "raise" and (missing & (w != 0)).any():
         raise ValueError(f"x: expected no NaN, got {missing.sum()}")
     if nan == "omit":
         kept = kept & ~missing
-    return np.where(kept, scale.ravel(), 0), kept
+    return np.where(kept, w, 0), kept
 
 
 def moments(

@@ -125,9 +125,7 @@ def check(bn, x, axis, given, options, what, eps=1e-5):
 
     clean = np.where(hidden & inside, x.dtype.type(1), x)  # else gradients are not finite
     y, m = bn.batch_norm(clean, gamma, beta, **fused, **given)
-    exact = oracle.Given(
-        np.where(inside, clean, 0), m.mean, m.var, gamma, beta, axis=axis, eps=eps
-    )
+    exact = oracle.Given(np.where(inside, clean, 0), m.mean, m.var, gamma, beta, axis=axis, eps=eps)
     g = np.where(inside, dy * (y > 0) if activation else dy, 0)
     check_gradients(bn, exact, dy, g, clean, m, (gamma, beta), fused, given, w, back, what)
     after = [a for a in (x, *given.values()) if isinstance(a, np.ndarray)]
@@ -142,9 +140,7 @@ def check_gradients(bn, exact, dy, g, x, m, affine, fused, given, w, back, what)
     dgamma, dbeta = exact.sums(g) if not np.isnan(m.mean).any() else (None, None)
     inside = back(weights_and_kept(x, axis, **given)[1])
     for training in (True, False):
-        dx, *sums = bn.batch_norm_backward(
-            dy, x, m, *affine, training=training, **fused, **given
-        )
+        dx, *sums = bn.batch_norm_backward(dy, x, m, *affine, training=training, **fused, **given)
         assert (dx[~inside] == 0).all(), what
         rows_g, rows_x = by_feature(g, axis), by_feature(xhat, axis)
         size = 64 * tolerances.EPS64 * np.abs(rows_g).sum(axis=1)

@@ -61,7 +61,14 @@ def test_threads_change_no_bit(name, kind):
 
 # --- What is left out is not there ----------------------------------------------------------------
 
-TWO = [((40, 3), 1), ((300, 70), 1), ((40, 3, 20), 1), ((9, 5, 130), 1), ((31, 7, 4), -1), ((99,), 0)]
+TWO = [
+    ((40, 3), 1),
+    ((300, 70), 1),
+    ((40, 3, 20), 1),
+    ((9, 5, 130), 1),
+    ((31, 7, 4), -1),
+    ((99,), 0),
+]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -109,7 +116,10 @@ def test_integer_weights_are_repetitions(shape, axis, implementation):
     repeated = np.repeat(x, times, axis=first)
     each = samples.sample_shape(shape, axis)
     weights = times.reshape((-1,) + (1,) * (len(each) - 1))  # broadcasts
-    m, n = implementation.moments(x, axis=axis, weights=weights), fastbn.moments(repeated, axis=axis)
+    m, n = (
+        implementation.moments(x, axis=axis, weights=weights),
+        fastbn.moments(repeated, axis=axis),
+    )
     assert (m.count == n.count).all()
     np.testing.assert_allclose([m.mean, m.m2], [n.mean, n.m2], rtol=1e-11)
 

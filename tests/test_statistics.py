@@ -1,12 +1,9 @@
-"""`Moments` and `RunningMoments`."""
+"""`Moments`: as values, merged, named, in files."""
 
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import re
-import threading
 
 import numpy as np
 import pytest
@@ -14,7 +11,7 @@ from helpers import make
 from tolerances import EPS64, MERGE
 
 import fastbn
-from fastbn import Moments, RunningMoments
+from fastbn import Moments
 
 A = Moments([4, 1, 0], [1.5, -2.0, np.nan], [5.0, 0.0, 0.0])
 
@@ -52,6 +49,8 @@ def test_the_constructor_copies_and_freezes():
         (ValueError, "count", ([1, 2], [2], [3])),
         (ValueError, "m2", ([1], [2], [3, 4])),
         (ValueError, "count", ([-1], [2], [3])),
+        (ValueError, "count", ([np.nan], [2], [3])),
+        (ValueError, "count", ([np.inf], [2], [3])),
         (ValueError, "m2", ([1], [2], [-1e-300])),
         (TypeError, "mean", ([1], [2j], [3])),
         (TypeError, "count", (["a"], [2], [3])),
@@ -118,6 +117,110 @@ def test_merging_other_things():
             A + other
 
 
+def test_no_data_is_where_merging_starts():
+    empty = Moments.empty(3)
+    assert [empty.count.tolist(), empty.m2.tolist(), empty.names] == [[0] * 3, [0] * 3, None]
+    assert np.isnan(empty.mean).all()
+    assert empty + A == A == A + empty
+    assert Moments.empty(np.int8(0)).mean.shape == (0,)
+    for error, value in ((TypeError, 2.0), (TypeError, "3"), (TypeError, True), (ValueError, -1)):
+        with pytest.raises(error, match=r"^num_features: expected"):
+            Moments.empty(value)
+
+
+def test_sums():
+    x = make("offset 1e3", (40, 3), 1, np.float64)
+    parts = [fastbn.moments(part) for part in (x[:7], x[7:8], x[8:])]
+    assert sum(parts) == parts[0] + parts[1] + parts[2]
+    assert sum(parts, Moments.empty(3)) == sum(parts)
+    for start in (1, 0.0, False, "", None):
+        with pytest.raises(TypeError):
+            start + parts[0]
+
+
+def test_a_stream_of_batches():
+    x = make("offset 1e3", (4, 3, 5), 1, np.float32)
+    m = first = fastbn.moments(x)
+    for batch in (x + 1, x[:0], x[:1]):
+        m = m.update(batch)
+    assert m == fastbn.moments(x) + fastbn.moments(x + 1) + fastbn.moments(x[:1])
+    assert first == fastbn.moments(x)
+    by_last = m.update(np.moveaxis(x, 1, -1), axis=-1)
+    assert by_last == m + fastbn.moments(x)
+    with pytest.raises(ValueError, match=r"^x: expected 3 features on axis -1, got 5$"):
+        m.update(x, axis=-1)
+    with pytest.raises(ValueError, match=r"^nan: expected"):
+        m.update(x, nan="drop")
+    with pytest.raises(TypeError, match=r"^x: expected"):
+        m.update("x")
+
+
+def test_the_options_of_update_are_those_of_moments(monkeypatch):
+    given = {}
+
+    def moments(x, **options):
+        given.update(options)
+        return A
+
+    monkeypatch.setattr(fastbn.functional, "moments", moments)
+    options = {"axis": 0, "weights": [1], "where": [True], "nan": "omit"}
+    assert A.update([1], **options) == A + A
+    assert given == options
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+NAMES = ("size", "größe", "a b")
+
+
+@pytest.mark.parametrize(
+    "make_names", [tuple, list, iter, np.array, lambda names: np.array(names, object)]
+)
+def test_names(make_names):
+    m = Moments(A.count, A.mean, A.m2, make_names(NAMES))
+    assert m.names == NAMES
+    assert {type(name) for name in m.names} == {str}
+    assert A.names is None
+    assert A.named(make_names(NAMES)).names == NAMES
+    assert A.names is None
+    assert m.named(None).names is None
+    assert m.names == NAMES
+    assert m == A == m.named("abc"[k] for k in range(3))  # equality is that of the numbers
+    assert Moments.empty(3, make_names(NAMES)).names == NAMES
+    assert Moments.empty(0, ()).names == ()
+    assert repr(m).endswith(", names=('size', 'größe', 'a b'))")
+    many = Moments.empty(1000, [f"feature {k} of many" * 9 for k in range(1000)])
+    assert len(repr(many)) < 500
+
+
+@pytest.mark.parametrize(
+    ("error", "names"),
+    [
+        (TypeError, "abc"), (TypeError, b"abc"), (TypeError, 3), (TypeError, [1, 2, 3]),
+        (TypeError, ["a", "b", None]), (TypeError, np.eye(3)), (TypeError, [["a"], ["b"], ["c"]]),
+        (ValueError, []), (ValueError, ["a", "b"]), (ValueError, ["a", "b", "c", "d"]),
+        (ValueError, ["a", "b", "a"]), (ValueError, ["a", "b", "c\0"]),
+    ],
+)  # fmt: skip
+def test_names_are_checked(error, names):
+    for call in (lambda: Moments(A.count, A.mean, A.m2, names), lambda: A.named(names),
+                 lambda: Moments.empty(3, names)):  # fmt: skip
+        with pytest.raises(error, match=r"^names: expected .*, got "):
+            call()
+
+
+def test_merging_keeps_names():
+    m = A.named(NAMES)
+    for both in (m + m, m + A, A + m, sum([m, A]), m.update(np.ones((2, 3)))):
+        assert both.names == NAMES
+    assert (A + A).names is None
+    for other in (["size", "price", "a b"], NAMES[::-1]):
+        with pytest.raises(ValueError, match=r"^other: expected the features .*, got "):
+            m + A.named(other)
+    with pytest.raises(ValueError, match=r"got 'price' for 'größe' \(no\. 1\)$"):
+        m + A.named(["size", "price", "x" * 1000])
+
+
 def test_equality():
     same = Moments(A.count, A.mean, A.m2)
     assert same == A  # NaN and all
@@ -144,228 +247,6 @@ def test_copies_and_pickles_are_equal():
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         assert pickle.loads(pickle.dumps(A, protocol)) == A
     assert copy.copy(A) == copy.deepcopy(A) == A
-
-
-# --- Files ----------------------------------------------------------------------------------------
-
-
-def test_save_and_load(tmp_path):
-    x = make("offset 0", (9, 300), 1, np.float32)
-    for m in (A, fastbn.moments(x), fastbn.moments(x[:, :0])):
-        for path in (tmp_path / "a.npz", str(tmp_path / "no ending")):
-            m.save(path)
-            assert Moments.load(path) == m  # and the second time it is written over
-    assert sorted(os.listdir(tmp_path)) == ["a.npz", "no ending"]
-    with pytest.raises(FileNotFoundError):
-        Moments.load(tmp_path / "none")
-
-
-def test_a_file_cut_off_anywhere(tmp_path):
-    path = tmp_path / "m"
-    A.save(path)
-    content = path.read_bytes()
-    for n in range(0, len(content), 17):
-        path.write_bytes(content[:n])
-        with pytest.raises(ValueError, match=r"^path: .* holds no Moments"):
-            Moments.load(path)
-
-
-def test_a_file_with_any_byte_changed(tmp_path):
-    """Either what was saved, or a ValueError: never other numbers, never another error."""
-    path = tmp_path / "m"
-    A.save(path)
-    content = path.read_bytes()
-    others = {}
-    for n in range(len(content)):
-        for flip in (0x01, 0x80):
-            path.write_bytes(content[:n] + bytes([content[n] ^ flip]) + content[n + 1 :])
-            try:
-                assert Moments.load(path) == A
-            except ValueError:
-                pass
-            except Exception as error:
-                others.setdefault(f"{type(error).__name__}: {error}", n)
-    assert not others
-
-
-@pytest.mark.parametrize(
-    "kind", ["empty", "text", "pickle", "npy", "npz", "object", "negative", "shapes"]
-)
-def test_foreign_files(kind, tmp_path):
-    path = tmp_path / "file.npz"
-    if kind == "npy":
-        with path.open("wb") as file:
-            np.save(file, np.zeros(3))
-    elif kind in ("empty", "text", "pickle"):
-        path.write_bytes({"empty": b"", "text": b"mean 3", "pickle": pickle.dumps({})}[kind])
-    else:
-        count, mean, m2 = np.ones(2), np.ones(2), np.ones(2)
-        arrays = {
-            "npz": {"mean": mean, "var": m2},
-            "object": {"count": count, "mean": np.array([{}, 1], object), "m2": m2},
-            "negative": {"count": count, "mean": mean, "m2": -m2},
-            "shapes": {"count": count, "mean": mean, "m2": m2[:1]},
-        }[kind]
-        np.savez(path, **arrays)
-    with pytest.raises(ValueError, match=r"^path: .*file\.npz holds no Moments: "):
-        Moments.load(path)
-
-
-def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
-    path = tmp_path / "m"
-    A.save(path)
-
-    def full(file, **arrays):
-        file.write(b"half of")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(np, "savez", full)
-    for target in (path, tmp_path / "new"):
-        with pytest.raises(OSError, match="no space"):
-            (A + A).save(target)
-    monkeypatch.undo()
-    assert os.listdir(tmp_path) == ["m"]
-    assert Moments.load(path) == A
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
-        A.save(tmp_path / "folder")
-    assert sorted(os.listdir(tmp_path)) == ["folder", "m"]
-
-
-def test_threads_that_save_to_one_file(tmp_path):
-    """The file is whole at any time, and whoever came last has written it."""
-    path, errors = tmp_path / "m", []
-
-    def save(m):
-        try:
-            for _ in range(50):
-                m.save(path)
-                assert Moments.load(path).mean.size == 3
-        except BaseException as error:
-            errors.append(repr(error))
-
-    threads = [threading.Thread(target=save, args=[m]) for m in (A, A + A, A + A + A)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    assert os.listdir(tmp_path) == ["m"]
-
-
-# --- RunningMoments -------------------------------------------------------------------------------
-
-BATCHES = [make("offset 1e3", (n, 3), 1, np.float64, n) for n in (5, 17, 2, 40)]
-
-
-def state(running):
-    return running.mean.tolist(), running.var.tolist()
-
-
-@pytest.mark.parametrize("ddof", [0, 1])
-@pytest.mark.parametrize("momentum", [0.1, 0.75, 1.0, 0.0, 2.0, -0.5])
-def test_exponential_averages(momentum, ddof):
-    running = RunningMoments(3, momentum=momentum, ddof=ddof)
-    assert state(running) == ([0] * 3, [1] * 3)
-    mean, var = np.zeros(3), np.ones(3)
-    for x in BATCHES:
-        assert running.update(fastbn.moments(x)) is True
-        mean = (1 - momentum) * mean + momentum * x.mean(axis=0)
-        var = (1 - momentum) * var + momentum * x.var(axis=0, ddof=ddof)
-        np.testing.assert_allclose(running.mean, mean, rtol=1e-12)
-        np.testing.assert_allclose(running.var, var, rtol=1e-11)
-
-
-@pytest.mark.parametrize("ddof", [0, 1])
-def test_cumulative_statistics_are_those_of_all_data(ddof):
-    running = RunningMoments(3, momentum=None, ddof=ddof)
-    x = np.concatenate(BATCHES)
-    for batch in (*BATCHES[:2], x[:0], *BATCHES[2:]):
-        running.update(fastbn.moments(batch))
-    np.testing.assert_allclose(running.mean, x.mean(axis=0), rtol=1e-15)
-    np.testing.assert_allclose(running.var, x.var(axis=0, ddof=ddof), rtol=1e-12)
-    one_by_one = RunningMoments(3, momentum=None, ddof=ddof)
-    for k, row in enumerate(x):
-        assert one_by_one.update(fastbn.moments(row[np.newaxis]))
-        if k == 0:  # no variance yet, or none left
-            assert one_by_one.var.tolist() == ([1] * 3 if ddof else [0] * 3)
-    np.testing.assert_allclose(one_by_one.var, running.var, rtol=1e-12)
-
-
-def test_one_update_with_another_momentum():
-    running = RunningMoments(3, momentum=0.1, ddof=0)
-    m = fastbn.moments(BATCHES[1])
-    running.update(m, momentum=1)
-    assert state(running) == (m.mean.tolist(), m.var.tolist())
-
-
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_batches_that_are_not_finite(momentum):
-    x = BATCHES[1].copy()
-    x[3, 1] = np.inf
-    bad = fastbn.moments(x)
-    for nonfinite in ("raise", "skip", "propagate"):
-        running = RunningMoments(3, momentum=momentum, nonfinite=nonfinite)
-        running.update(fastbn.moments(BATCHES[0]))
-        before = state(running)
-        if nonfinite == "raise":
-            with pytest.raises(
-                ValueError, match=r"^moments: expected a finite .* first of them 1 "
-            ):
-                running.update(bad)
-        else:
-            assert running.update(bad) is (nonfinite == "propagate")
-        if nonfinite != "propagate":
-            assert state(running) == before
-            again = RunningMoments(3, momentum=momentum)
-            for batch in (BATCHES[0], BATCHES[2]):
-                again.update(fastbn.moments(batch))
-            running.update(fastbn.moments(BATCHES[2]))
-            assert state(running) == state(again)  # as though it had never come
-        else:
-            assert not np.isfinite([running.mean[1], running.var[1]]).any()
-            assert np.isfinite([running.mean[[0, 2]], running.var[[0, 2]]]).all()
-
-
-def test_too_few_samples_for_a_variance():
-    one = fastbn.moments(BATCHES[0][:1])
-    running = RunningMoments(3)
-    with pytest.raises(ValueError, match=r"^moments: .*ddof=1.*count 1"):
-        running.update(one)
-    assert RunningMoments(3, ddof=0).update(one)
-    assert RunningMoments(3, momentum=None).update(one)
-
-
-def test_batches_without_data_change_nothing():
-    running = RunningMoments(3)
-    running.update(fastbn.moments(BATCHES[0]))
-    before = state(running)
-    assert running.update(fastbn.moments(BATCHES[0][:0])) is False
-    assert state(running) == before
-    partly = Moments([17, 0, 17], [2.0, np.nan, 3.0], [16.0, 0, 32.0])
-    assert running.update(partly)
-    assert (running.mean[1], running.var[1]) == (before[0][1], before[1][1])
-    np.testing.assert_allclose(running.var[0], 0.9 * before[1][0] + 0.1 * 1)
-
-
-def test_updates_with_other_things():
-    running = RunningMoments(3)
-    for error, moments in ((TypeError, BATCHES[0]), (TypeError, None),
-                           (ValueError, Moments([1], [2], [3]))):  # fmt: skip
-        with pytest.raises(error, match=r"^moments: expected"):
-            running.update(moments)
-    for error, momentum in ((TypeError, "a"), (ValueError, np.nan)):
-        with pytest.raises(error, match=r"^momentum: expected"):
-            running.update(A, momentum=momentum)
-    assert state(running) == ([0] * 3, [1] * 3)
-
-
-def test_running_statistics_normalise():
-    running = RunningMoments(3, momentum=1.0, ddof=0)
-    m = fastbn.moments(BATCHES[3])
-    running.update(m)
-    y = fastbn.normalize(BATCHES[0], running)
-    assert y.tobytes() == fastbn.normalize(BATCHES[0], m).tobytes()
-    assert re.fullmatch(
-        r"RunningMoments\(3, momentum=1.0, ddof=0(\.0)?, nonfinite='raise'\)", repr(running)
-    )
+    m = A.named(NAMES)
+    for again in (pickle.loads(pickle.dumps(m)), copy.copy(m), copy.deepcopy(m)):
+        assert (again, again.names) == (m, NAMES)
