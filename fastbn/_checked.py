@@ -67,14 +67,14 @@ class Checked(NamedTuple):
     def dense(self, a: Array | None) -> Array | None:
         return None if a is None else self.layout.dense(a, self.dtype)
 
-    def target(self, *per_feature: Array, dy: Array | None = None) -> Target:
+    def target(self, *others: Array | None, dy: Array | None = None) -> Target:
         """Where the result goes, clear of every input."""
         return Target(
             self.out,
             self.layout,
             self.dtype,
             (self.x, self.residual, dy),
-            (self.gamma, self.beta, *per_feature),
+            (self.gamma, self.beta, *others),
         )
 
 

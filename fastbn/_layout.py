@@ -75,8 +75,8 @@ def _width(a: Array, k: int) -> float:
 class Target:
     """Where a kernel writes an array-shaped result: into `out` itself where it can.
 
-    `out` is written to directly if it lies in memory as x does, has nothing in common with the
-    per-feature arguments, and overlaps an array of x's shape either not at all or exactly.
+    `out` is written to directly if it lies in memory as x does, overlaps an array of x's shape
+    either not at all or exactly, and has nothing in common with the others.
     Otherwise the kernel writes to a new array, which is then copied to `out`.
     """
 
@@ -86,14 +86,14 @@ class Target:
         layout: Layout,
         dtype: Any,
         like_x: Sequence[Array | None],
-        per_feature: Sequence[Array | None],
+        others: Sequence[Array | None],
     ) -> None:
         view = None if out is None else layout.view(out)
         if (
             out is None
             or view is None
             or any(_touch(out, a) and not _same_elements(out, a) for a in like_x)
-            or any(_touch(out, a) for a in per_feature)
+            or any(_touch(out, a) for a in others)
         ):
             self.array = layout.empty(dtype)
             view = layout.view(self.array)

@@ -56,7 +56,7 @@ def check_samples(
 
 
 def _by_sample(values: Array, name: str, a: Array, axis: int, layout: Layout) -> Array:
-    """Values of x's shape without the feature axis, or that broadcast to it, as x lies in memory."""
+    """Values of x's shape without the feature axis, or that broadcast to it, in x's order."""
     shape = a.shape if a.ndim == 1 else a.shape[:axis] + a.shape[axis + 1 :]
     try:
         values = np.broadcast_to(values, shape)

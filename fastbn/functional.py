@@ -76,7 +76,7 @@ def moments(
     >>> m = fastbn.moments(np.array([[2.0, 4.0], [3.0, 5.0], [4.0, 6.0]]))
     >>> m.mean, m.var.round(4)
     (array([3., 5.]), array([0.6667, 0.6667]))
-    >>> fastbn.moments(np.array([1.0, np.nan, 3.0, 9.0]), where=[True, True, True, False], nan="omit")
+    >>> fastbn.moments([1.0, np.nan, 3.0, 9.0], where=[True, True, True, False], nan="omit")
     Moments(count=[2.], mean=[2.], std=[1.])
     """
     threads = _runtime.get_num_threads()
@@ -329,7 +329,7 @@ def batch_norm_backward(
     threads = _runtime.get_num_threads()
     training = bool(training)
     samples = given_samples(weights, where, nan)
-    done = None
+    done: Any = None
     if samples is not None:
         done = _runtime.kernels.backward(
             dy,

@@ -14,7 +14,7 @@ cdef enum:
 
 
 cdef struct Sums:
-    # Of a feature, or of neighbouring ones, a lane each: sum(w), sum(w d), sum(w d^2), d = x - pivot.
+    # Of a feature, or of neighbouring ones, a lane each: of w, w d and w d^2, d = x - pivot.
     d8 n
     d8 a
     d8 b
