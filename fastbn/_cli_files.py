@@ -154,8 +154,8 @@ def as_dict(files: Sequence[str], found: Measured) -> dict[str, Any]:
     return {
         "files": list(files),
         "names": m.names,
-        "count": plain(m.count),
-        "missing": plain(found.missing),
+        "count": m.count.astype(int).tolist(),
+        "missing": found.missing.astype(int).tolist(),
         "mean": plain(m.mean),
         "std": plain(m.std),
     }
