@@ -8,6 +8,7 @@ narrower is above between the two crossings. Differences of nearly equal numbers
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -15,7 +16,6 @@ import numpy as np
 from fastbn._layout import Array
 
 _erfc = np.vectorize(math.erfc, otypes=[float])
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 # u - ln(1 + u) = u v - 2 v**3 (1/3 + v**2/5 + v**4/7 + ...) with v = u / (2 + u): the series of
 # artanh. Up to |u| = 0.5, v**2 <= 1/9, and the first term left out is below 1e-17.
 _ARTANH = 1.0 / np.arange(3, 37, 2)
@@ -26,16 +26,20 @@ def _phi(z: Array) -> Array:
     return 0.5 * _erfc(-z * math.sqrt(0.5))
 
 
+@functools.cache
+def _gauss_legendre() -> tuple[Array, Array]:
+    """Nodes and weights on [-1, 1]."""
+    return np.polynomial.legendre.leggauss(16)  # a part of NumPy that is not loaded with it
+
+
 def _between(a: Array, b: Array, width: Array) -> Array:
     """Phi(b) - Phi(a), to the relative accuracy of ``width = b - a >= 0``."""
     # Where it is narrow: the density integrated by Gauss and Legendre's rule.
+    nodes, weights = _gauss_legendre()
     half = 0.5 * np.minimum(width, 1)[..., np.newaxis]
-    z = (a[..., np.newaxis] + half) + half * _NODES
-    narrow = (half * _WEIGHTS * np.exp(-0.5 * z * z)).sum(axis=-1) / math.sqrt(2 * math.pi)
-    # Otherwise by the tails, on the side where they are small.
-    flip = a > 0
-    wide = _phi(np.where(flip, -a, b)) - _phi(np.where(flip, -b, a))
-    return np.where(width < 1, narrow, wide)
+    z = (a[..., np.newaxis] + half) + half * nodes
+    narrow = (half * weights * np.exp(-0.5 * z * z)).sum(axis=-1) / math.sqrt(2 * math.pi)
+    return np.where(width < 1, narrow, _phi(b) - _phi(a))
 
 
 def _log_ratio(var: Array, other: Array) -> tuple[Array, Array]:
@@ -53,7 +57,9 @@ def divergence(d: Array, var: Array, other: Array) -> Array:
     u, log = _log_ratio(var, other)
     near = np.abs(u) <= 0.5
     v = np.where(near, u, 0) / (2 + np.where(near, u, 0))
-    series = np.polynomial.polynomial.polyval(v * v, _ARTANH)
+    series = np.zeros_like(v)
+    for coefficient in _ARTANH[::-1]:  # Horner
+        series = series * v * v + coefficient
     return 0.5 * (d * d + np.where(near, v * u - 2 * v**3 * series, u - log))
 
 
@@ -71,8 +77,7 @@ def moved_and_overlap(delta: Array, var: Array, other: Array) -> tuple[Array, Ar
     # The distance of the means in the wider one's units; beyond 1e9 nothing overlaps.
     w = np.minimum(np.abs(delta) / np.sqrt(wide), 1e9)
     root = np.sqrt(w * w + 2 * p * log_s)
-    same = root == 0
-    root[same] = 1  # anything that can be divided by
+    root[root == 0] = 1  # the same Gaussian twice, and anything that 0 can be divided by
     right = (w * w + 2 * log_s) / (w * over_s + root)
     left = -(w * over_s + root) / np.where(p == 0, 1, p)
     left[p == 0] = -np.inf  # equal variances cross once
@@ -83,6 +88,5 @@ def moved_and_overlap(delta: Array, var: Array, other: Array) -> tuple[Array, Ar
     moved = _between(wide_right, right, lower) + _between(left, left + higher, higher)
     inside = _between(wide_left, wide_right, (right - left) * over_s)
     overlap = _phi(left) + _phi(-right) + inside
-    moved[same], overlap[same] = 0, 1
     # Whichever is smaller is accurate to its last digits; the other is the rest.
     return np.where(moved < 0.5, moved, 1 - overlap), np.where(moved < 0.5, 1 - moved, overlap)

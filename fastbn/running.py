@@ -171,36 +171,41 @@ class RunningMoments:
         present = moments.count > 0
         if not present.any():
             return False
+        partly = not present.all()
         with _lock:
             old = self._state
-            new, spread = self._after(old, moments, weight_of(old.updates))
-            # What was not finite before (someone assigned it) is not this batch's doing.
-            ok = np.isfinite(new.mean) & np.isfinite(spread) | ~present
+            mean, var, seen, spread = self._after(old, moments, weight_of(old.updates))
+            ok = np.isfinite(mean) & np.isfinite(spread)
+            if partly:
+                ok |= ~present
             if self.nonfinite != "propagate" and not ok.all():
+                # What was not finite before (someone assigned it) is not this batch's doing.
                 before = np.isfinite(old.mean) & np.isfinite(old.var)
                 ok |= ~before & np.isfinite(moments.mean) & np.isfinite(moments.m2)
                 if not ok.all():
                     if self.nonfinite == "skip":
                         return False
                     raise ValueError(self._complaint(moments, ~ok))
-            self._state = new._replace(
-                mean=np.where(present, new.mean, old.mean),
-                var=np.where(present, new.var, old.var),
-                updates=old.updates + 1,
-            )
+            if partly:
+                mean = np.where(present, mean, old.mean)
+                var = np.where(present, var, old.var)
+            self._state = _State(mean, var, seen, old.updates + 1)
         return True
 
-    def _after(self, old: _State, batch: Moments, weight: float | None) -> tuple[_State, Array]:
-        """The state with the batch, and a measure of spread that must be finite."""
+    def _after(
+        self, old: _State, batch: Moments, weight: float | None
+    ) -> tuple[Array, Array, Moments, Array]:
+        """The statistics with the batch, and a measure of spread that must be finite."""
         with np.errstate(invalid="ignore", over="ignore"):
             if weight is None:
                 seen = old.seen + batch
                 # There may be too few samples for a variance yet.
                 var = np.where(seen.count > self.ddof, seen.variance(self.ddof), old.var)
-                return old._replace(mean=seen.mean, var=var, seen=seen), seen.m2
+                # Not the frozen row of a table: whoever reads the mean may write to it.
+                return seen.mean.copy(), var, seen, seen.m2
             mean = (1 - weight) * old.mean + weight * batch.mean
             var = (1 - weight) * old.var + weight * batch.variance(self.ddof)
-            return old._replace(mean=mean, var=var), var
+            return mean, var, old.seen, var
 
     def _complaint(self, batch: Moments, bad: Array) -> str:
         which = np.flatnonzero(bad)

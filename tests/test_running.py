@@ -208,6 +208,8 @@ def test_what_was_seen(momentum):
     assert running.updates == len(parts)
     assert running.seen == (Moments.empty(3) if momentum else sum(parts))
     assert running.seen.names == (None if momentum else ("a", "b", "c"))
+    running.mean[0] = running.var[0] = 7  # ours, not a frozen row of what was seen
+    assert (running.mean[0], running.var[0]) == (7, 7)
     running.reset()
     assert state(running) == ([0] * 3, [1] * 3)
     assert (running.updates, running.seen) == (0, Moments.empty(3))

@@ -89,11 +89,12 @@ def test_small_shifts_keep_their_digits():
     peak = 1 / math.sqrt(2 * math.pi)
     for h in (2.0**-30, 2.0**-40, 2.0**-50):
         _, _, kl, _, moved = figures(0, 1, h, 1)
-        assert (kl[0], moved[0]) == (h * h / 2, pytest.approx(h * peak, rel=1e-15))
-        for u in (h, -h):
-            _, _, kl, _, moved = figures(0, 1, 0, 1 + u)
-            assert kl[0] == pytest.approx(u * u / 4, rel=1e-8)
-            assert moved[0] == pytest.approx(h * peak * math.exp(-0.5), rel=1e-8)
+        assert (kl[0], moved[0]) == (h * h / 2, pytest.approx(h * peak, rel=1e-15, abs=0))
+        for new_var in (3 + 0.7 * h, 3 - 0.7 * h):
+            _, _, kl, _, moved = figures(0, 3, 0, new_var)
+            u = (new_var - 3) / 3
+            assert kl[0] == pytest.approx(u * u / 4, rel=1e-8, abs=0)
+            assert moved[0] == pytest.approx(abs(u) * peak * math.exp(-0.5), rel=1e-8, abs=0)
     u = np.concatenate([np.linspace(-0.6, 0.6, 1001), 2.0 ** -np.arange(1, 53)])
     kl = figures(0 * u, 1 + 0 * u, 0 * u, 1 + u)[2]
     assert (kl[u != 0] > 0).all()
@@ -106,17 +107,17 @@ def test_small_shifts_keep_their_digits():
 def test_hardly_any_overlap():
     for d in (10.0, 50.0, 70.0):
         overlap, moved = figures(0, 1, d, 1)[3:]
-        assert overlap[0] == pytest.approx(math.erfc(d / math.sqrt(8)), rel=1e-14)
+        assert overlap[0] == pytest.approx(math.erfc(d / math.sqrt(8)), rel=1e-12, abs=0)
         assert moved[0] == 1 - overlap[0]
     for s in (1e8, 1e100, 1e-8, 1e-100):  # the density of the wide one, over the width of the other
         ratio, kl, overlap, moved = figures(0, 1, 0, s * s)[1:]
         s = max(s, 1 / s)
         crossing = math.sqrt(2 * math.log(s))
         expected = 2 * crossing / s / math.sqrt(2 * math.pi) + math.erfc(crossing / math.sqrt(2))
-        assert overlap[0] == pytest.approx(expected, rel=1e-12)
+        assert overlap[0] == pytest.approx(expected, rel=1e-12, abs=0)
         assert moved[0] == pytest.approx(1)
         assert kl[0] == pytest.approx(0.5 * (ratio[0] - 1 - math.log(ratio[0])))
-    assert figures(0, 1e-300, 1e300, 1e300)[3:] == [[0], [1]]
+    assert figures(0, 1e-300, 1e300, 1e-300)[3:] == [[0], [1]]
 
 
 @pytest.mark.parametrize(
@@ -327,7 +328,7 @@ def test_pictures_of_many_features_and_of_none(axes):
     assert "99" in texts(drawn)
     drawn.figure.canvas.draw()
     shift(np.empty((5, 0)), np.empty((3, 0))).plot().figure.canvas.draw()
-    shift(TRAINING, DEPLOYED, names=[r"$\price"]).plot().figure.canvas.draw()
+    shift(TRAINING, DEPLOYED, names=[r"$\frac$"]).plot().figure.canvas.draw()
 
 
 def test_the_picture_needs_matplotlib(monkeypatch):
