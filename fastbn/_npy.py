@@ -16,6 +16,7 @@ short meanwhile would be a SIGBUS and not an error.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Iterator
@@ -31,6 +32,10 @@ from fastbn.functional import normalize
 from fastbn.statistics import Moments
 
 Piece = tuple[int, slice, int]  # (outer, features, inner)
+
+# Bytes handed to the system at a time. With this size and with the room reserved before, writing
+# takes as little of the system's time as a copy does; 1 MB at a time, up to three times that.
+WRITE = 256 << 10
 
 
 class NpyFile:
@@ -122,6 +127,7 @@ class NpyFile:
             "shape": self.shape,
         }
         npy.write_array_header_1_0(file, header)
+        reserve(file, math.prod(self.shape) * self.result_dtype.itemsize)
         mean, var = stats.mean, stats.var
         buffer = np.empty(0, self.result_dtype)
         for values, features in self.blocks(progress, _blocks.WRITTEN):
@@ -132,7 +138,20 @@ class NpyFile:
                     buffer = np.empty(values.size, self.result_dtype)
                 out = buffer[: values.size].reshape(values.shape)
             normalize(values, (mean[features], var[features]), axis=1, eps=eps, out=out)
-            file.write(out.reshape(-1).view(np.uint8).data)
+            data = out.reshape(-1).view(np.uint8).data
+            for k in range(0, len(data), WRITE):
+                file.write(data[k : k + WRITE])
+
+
+def reserve(file: IO[bytes], size: int) -> None:
+    """Have the file system find room for `size` more bytes, or say that there is none."""
+    if size and hasattr(os, "posix_fallocate"):
+        file.flush()
+        try:
+            os.posix_fallocate(file.fileno(), file.tell(), size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
 
 
 def length(piece: Piece) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -105,6 +106,14 @@ def test_missing_values_are_counted(folder, capsys):
     capsys.readouterr()
     message = "x.npy: feature 1: expected no missing values, got some; --nan omit leaves them out"
     fails(capsys, ["stats", "x.npy", "-o", "s.npz", "--nan", "raise"], message)
+
+
+def test_a_feature_without_data_has_none_to_lose(folder, capsys):
+    x = npy()
+    x[:, 1] = np.nan
+    np.save("x.npy", x)
+    assert main(["normalize", "x.npy", "-o", "y.npy"]) == 0
+    assert np.isnan(np.load("y.npy")).sum(0).tolist() == [0, 100, 0]
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8", "i2"])
@@ -214,6 +223,23 @@ def test_a_full_disk_is_known_before(folder, capsys, monkeypatch):
     monkeypatch.setattr(_datafiles.shutil, "disk_usage", lambda _: SimpleNamespace(free=2399))
     message = "y.npy: 2400 bytes needed, 2399 free on the disk"
     fails(capsys, ["normalize", "x.npy", "-o", "y.npy"], message)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve room")
+def test_room_on_the_disk_is_reserved_where_that_can_be_done(folder, capsys, monkeypatch):
+    x = npy()
+
+    def reserve(number):
+        def fail(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("os.posix_fallocate", fail)
+
+    reserve(errno.ENOSPC)
+    fails(capsys, ["normalize", "x.npy", "-o", "y.npy"], "y.npy: No space left on device")
+    reserve(errno.EOPNOTSUPP)
+    assert main(["normalize", "x.npy", "-o", "y.npy"]) == 0
+    assert np.load("y.npy").shape == x.shape
 
 
 @pytest.mark.parametrize(
