@@ -95,12 +95,20 @@ def measure(source: Source, nan: NanPolicy, progress: Progress) -> Measured:
         key = features.start, features.stop
         total[key] = total[key] + new if key in total else new
         seen[features] += samples
+    m = joined(total, source)
+    return Measured(m, seen - m.count)
+
+
+def joined(parts: dict[tuple[int, int], Moments], source: Source) -> Moments:
+    """The moments of all features from those of some each."""
+    if list(parts) == [(0, source.features)]:
+        return parts[0, source.features].named(source.names)
     table = np.zeros((3, source.features))
     table[1] = np.nan  # where there are no data
-    for (start, stop), m in total.items():
+    for (start, stop), m in parts.items():
         table[:, start:stop] = m.count, m.mean, m.m2
     count, mean, m2 = table
-    return Measured(Moments(count, mean, m2, source.names), seen - count)
+    return Moments(count, mean, m2, source.names)
 
 
 def block_moments(values: Array, nan: NanPolicy) -> Moments:
