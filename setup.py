@@ -55,6 +55,10 @@ MSVC_FLAGS = {"_cpu": [], "_generic": [], "_avx2": ["/arch:AVX2"], "_avx512": ["
 class BuildKernels(build_ext):
     """Adds the flags that the compiler at hand accepts; without OpenMP the build is serial."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()     # a minute or so for each of them
+
     def build_extensions(self) -> None:
         msvc = self.compiler.compiler_type == "msvc"
         openmp = "/openmp" if msvc else "-fopenmp"

@@ -30,7 +30,7 @@ cdef inline void fetch(Arrays a, const pack *x, Py_ssize_t i) noexcept nogil:
 
 cdef inline bint plain(Arrays a) noexcept nogil:
     """Whether the arithmetic is the bare formula."""
-    return not (a.relu or a.scaled or a.residual != NULL or a.dresidual != NULL or chosen(a))
+    return unfused(a) and not chosen(a)
 
 
 cdef inline Arrays bare(Arrays a, bint streamed) noexcept nogil:
@@ -41,6 +41,31 @@ cdef inline Arrays bare(Arrays a, bint streamed) noexcept nogil:
     a.where = NULL
     a.stream = streamed
     return a
+
+
+cdef inline bint unfused(Arrays a) noexcept nogil:
+    return not (a.relu or a.scaled or a.residual != NULL or a.dresidual != NULL)
+
+
+cdef inline bint plain_but_mask(Arrays a) noexcept nogil:
+    return unfused(a) and a.where != NULL and a.weights == NULL and not a.omit
+
+
+cdef inline bint plain_but_omit(Arrays a) noexcept nogil:
+    return unfused(a) and a.omit and a.where == NULL and a.weights == NULL
+
+
+cdef inline Arrays bare_but_mask(Arrays a) noexcept nogil:
+    """The same where `plain_but_mask`, said so for the compiler."""
+    cdef Arrays b = bare(a, a.stream)
+    b.where = a.where
+    return b
+
+
+cdef inline Arrays bare_but_omit(Arrays a) noexcept nogil:
+    cdef Arrays b = bare(a, a.stream)
+    b.omit = True
+    return b
 
 
 cdef inline pack centred(Arrays a, const pack *x, Py_ssize_t i, int k, pack unit,

@@ -55,6 +55,7 @@ cdef struct Job:
     Py_ssize_t skew                         # by how many features the first group is shorter
     int threads
     bint own                                # a thread works on whole groups, with no barrier
+    bint shared                             # samples have weights, or some are left out
     Py_ssize_t near                         # AHEAD in elements
     Py_ssize_t ahead_rows                   # the same in whole blocks of rows
     Py_ssize_t ahead                        # the same where results are written: see `cut`
@@ -122,6 +123,7 @@ cdef void cut(Job *job, int itemsize, int threads, const void *y, bint chosen) n
     cdef Py_ssize_t sample = job.features * job.inner, step, tile, bytes_
     cdef Py_ssize_t elements = job.outer * sample
     job.threads = <int> min(threads, max(1, elements // GRAIN))
+    job.shared = chosen
     job.rows = (job.inner == 1 or job.inner < 16
                 or (job.inner <= SHORT_RUN and job.outer >= 4))
     if job.rows:
@@ -172,6 +174,8 @@ cdef void cut(Job *job, int itemsize, int threads, const void *y, bint chosen) n
         job.chunks = ceil_div(job.outer, job.runs) * ceil_div(job.inner, job.piece)
         # With few features the threads share each one; with many, each takes features whole.
         job.own = job.threads == 1 or job.groups >= 4 * job.threads or job.chunks == 1
+        if chosen and job.operation == MOMENTS:
+            job.own = False                 # see `piece_of`
         if job.own:
             job.threads = <int> min(job.threads, job.groups)
     if job.operation == NORMALIZE:

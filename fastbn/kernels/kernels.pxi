@@ -96,9 +96,10 @@ cdef inline void piece_of(const Job *job, Py_ssize_t i, Py_ssize_t *c,
                           Py_ssize_t *g) noexcept nogil:
     """Chunk and group of the i-th piece of work: as memory lies, but for planes feature by feature.
 
-    A plane's chunks are read again when its statistics are known, and may be in cache then.
+    A plane's chunks are read again when its statistics are known, and may be in cache then. If
+    they are not, chunk by chunk makes all features use the same weights while these are in cache.
     """
-    if job.rows or job.operation == NORMALIZE:
+    if job.rows or job.operation == NORMALIZE or (job.operation == MOMENTS and job.shared):
         c[0], g[0] = i // job.groups, i % job.groups
     else:
         c[0], g[0] = i % job.chunks, i // job.chunks

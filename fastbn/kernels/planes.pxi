@@ -164,7 +164,11 @@ cdef void forward_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
     cdef Block t = block_of(job, c, g)
     a.weights = NULL                        # y does not depend on them
     a.scaled = job.extreme[0]
-    if not plain(a):
+    if plain_but_mask(a):
+        forward_block(job, bare_but_mask(a), x, t)
+    elif plain_but_omit(a):
+        forward_block(job, bare_but_omit(a), x, t)
+    elif not plain(a):
         forward_block(job, a, x, t)
     elif a.stream:
         forward_block(job, bare(a, True), x, t)
@@ -230,20 +234,32 @@ cdef inline Lanes sum_gradients_run(Lanes s, const Job *job, Arrays a, const pac
                               center, scale, shift)
 
 
+cdef inline void sum_gradients_block(Lanes *sums, const Job *job, Arrays a, const pack *x,
+                                     Block t) noexcept nogil:
+    cdef Py_ssize_t r, i, n
+    for r in range(t.runs):
+        for n in range(t.features):
+            i = t.start + r * t.stride + n * job.inner
+            sums[n] = sum_gradients_run(sums[n], job, a, x, t, i, sample_of(job, t, r, i),
+                                        t.first + n)
+
+
 cdef void gradients_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
                            Py_ssize_t g) noexcept nogil:
     """part_a, part_b <- sum(g) and sum(g (x - mean)) of chunk c of the features of group g."""
     cdef Block t = block_of(job, c, g)
     cdef Lanes sums[GROUP]
-    cdef Py_ssize_t r, f, i, n
+    cdef Py_ssize_t f, n
     a.scaled = job.extreme[0]
+    a.weights = NULL                        # which have no part in these sums
     for f in range(t.features):
         sums[f] = no_sums()
-    for r in range(t.runs):
-        for n in range(t.features):
-            f = t.first + n
-            i = t.start + r * t.stride + n * job.inner
-            sums[n] = sum_gradients_run(sums[n], job, a, x, t, i, sample_of(job, t, r, i), f)
+    if plain_but_mask(a):
+        sum_gradients_block(sums, job, bare_but_mask(a), x, t)
+    elif plain_but_omit(a):
+        sum_gradients_block(sums, job, bare_but_omit(a), x, t)
+    else:
+        sum_gradients_block(sums, job, a, x, t)
     for n in range(t.features):
         job.part_a[c * job.features + t.first + n] = d8_sum(add(sums[n].a, sums[n].b))
         job.part_b[c * job.features + t.first + n] = d8_sum(add(sums[n].a2, sums[n].b2))
@@ -296,7 +312,11 @@ cdef void backward_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
                           Py_ssize_t g) noexcept nogil:
     cdef Block t = block_of(job, c, g)
     a.scaled = job.extreme[0]
-    if not plain(a):
+    if plain_but_mask(a):
+        backward_block(job, bare_but_mask(a), x, t)
+    elif plain_but_omit(a):
+        backward_block(job, bare_but_omit(a), x, t)
+    elif not plain(a):
         backward_block(job, a, x, t)
     elif a.stream:
         backward_block(job, bare(a, True), x, t)

@@ -100,7 +100,11 @@ cdef inline void forward_tile(const Job *job, Arrays a, const pack *x, Tile t, i
 
 
 cdef void forward_kept(const Job *job, Arrays a, const pack *x, Tile t, Columns p) noexcept nogil:
-    if not plain(a):
+    if plain_but_mask(a):
+        forward_tile(job, bare_but_mask(a), x, t, 1, p)
+    elif plain_but_omit(a):
+        forward_tile(job, bare_but_omit(a), x, t, 1, p)
+    elif not plain(a):
         forward_tile(job, a, x, t, 1, p)
     elif a.stream:
         forward_tile(job, bare(a, True), x, t, 1, p)
@@ -196,7 +200,7 @@ cdef inline void gradients_span(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_
         j += 8
 
 
-cdef void add_gradients(const Job *job, Arrays a, const pack *x, Tile t, double *sum_g,
+cdef inline void add_gradients(const Job *job, Arrays a, const pack *x, Tile t, double *sum_g,
                         double *sum_gx, const double *mean, Columns p) noexcept nogil:
     """The rows of a tile."""
     cdef Py_ssize_t r = 0, i, j, columns
@@ -222,6 +226,17 @@ cdef void add_gradients(const Job *job, Arrays a, const pack *x, Tile t, double 
             r += 1
 
 
+cdef void add_gradients_of(const Job *job, Arrays a, const pack *x, Tile t, double *sum_g,
+                           double *sum_gx, const double *mean, Columns p) noexcept nogil:
+    a.weights = NULL                        # which have no part in these sums
+    if plain_but_mask(a):
+        add_gradients(job, bare_but_mask(a), x, t, sum_g, sum_gx, mean, p)
+    elif plain_but_omit(a):
+        add_gradients(job, bare_but_omit(a), x, t, sum_g, sum_gx, mean, p)
+    else:
+        add_gradients(job, a, x, t, sum_g, sum_gx, mean, p)
+
+
 cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
                          Py_ssize_t g) noexcept nogil:
     """part_a, part_b <- sum(g) and sum(g (x - mean)) of chunk c of the features of group g."""
@@ -241,13 +256,13 @@ cdef void gradients_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
     memset(mean + t.columns, 0, PAD * sizeof(double))
     spread(<d8 *> mean, <d8 *> (job.mean + t.first), t.features, job.inner, job.fold)
     if a.where == NULL or not one_sample(job):
-        add_gradients(job, a, x, t, sum_g, sum_gx, mean, p)
+        add_gradients_of(job, a, x, t, sum_g, sum_gx, mean, p)
     else:
         while r < t.rows:
             run = next_rows(a, t, job.width, &r, &which)
             if which != NONE:
-                add_gradients(job, a if which == SOME else without_mask(a), x, run, sum_g, sum_gx,
-                              mean, p)
+                add_gradients_of(job, a if which == SOME else without_mask(a), x, run, sum_g,
+                                 sum_gx, mean, p)
     gather(sum_g, t.features, job.inner, job.fold)
     gather(sum_gx, t.features, job.inner, job.fold)
     memcpy(job.part_a + c * job.features + t.first, sum_g, t.features * sizeof(double))
@@ -296,7 +311,11 @@ cdef inline void backward_tile(const Job *job, Arrays a, const pack *x, Tile t, 
 
 
 cdef void backward_kept(const Job *job, Arrays a, const pack *x, Tile t, Columns p) noexcept nogil:
-    if not plain(a):
+    if plain_but_mask(a):
+        backward_tile(job, bare_but_mask(a), x, t, 1, p)
+    elif plain_but_omit(a):
+        backward_tile(job, bare_but_omit(a), x, t, 1, p)
+    elif not plain(a):
         backward_tile(job, a, x, t, 1, p)
     elif a.stream:
         backward_tile(job, bare(a, True), x, t, 1, p)

@@ -26,6 +26,7 @@
 #if defined(_MSC_VER) && !defined(__clang__)
 #define INLINE static __forceinline
 #define fastbn_prefetch(p) ((void)(p))
+#define BITS(mask) ((int)__popcnt(mask))
 #define OPAQUE(v) ((void)0)
 #define OPAQUE_INT(v) ((void)0)
 #else
@@ -33,6 +34,7 @@
 #define OPAQUE_INT(v) __asm__("" : "+r"(v))
 #define INLINE static inline __attribute__((always_inline))
 #define fastbn_prefetch(p) __builtin_prefetch((p), 0, 2)
+#define BITS(mask) __builtin_popcount(mask) /* how many are set */
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
@@ -111,6 +113,12 @@ INLINE f16 f16_where_number(f16 t, f16 g) {
 INLINE d8 d8_where_number(d8 t, d8 g) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(t, t, _CMP_ORD_Q), g);
 }
+/* g where the byte is not 0 */
+INLINE d8 d8_where_bytes(const unsigned char *p, d8 g) {
+    __m128i v = _mm_loadl_epi64((const __m128i *)p);
+    return _mm512_maskz_mov_pd((__mmask8)_mm_test_epi8_mask(v, v), g);
+}
+INLINE int d8_numbers(d8 t) { return BITS(_mm512_cmp_pd_mask(t, t, _CMP_ORD_Q)); }
 /* 1 for bytes that are not 0, else 0 */
 INLINE f16 f16_flags(const unsigned char *p, int k) {
     __m128i v = _mm_maskz_loadu_epi8(F16_FIRST(k), p);
@@ -248,6 +256,10 @@ INLINE f16 f16_where_number(f16 t, f16 g) {
 INLINE d8 d8_where_number(d8 t, d8 g) {
     return d8_of(PD_IF(t.a, t.a, _CMP_ORD_Q, g.a), PD_IF(t.b, t.b, _CMP_ORD_Q, g.b));
 }
+INLINE int d8_numbers(d8 t) {
+    return BITS(_mm256_movemask_pd(_mm256_cmp_pd(t.a, t.a, _CMP_ORD_Q)) |
+                _mm256_movemask_pd(_mm256_cmp_pd(t.b, t.b, _CMP_ORD_Q)) << 4);
+}
 /* k bytes: -1 where 0, else 0; no memory beyond them is touched. */
 INLINE __m128i zero_bytes(const unsigned char *p, int k) {
     unsigned char v[16] = {0};
@@ -255,6 +267,12 @@ INLINE __m128i zero_bytes(const unsigned char *p, int k) {
     if (k == 8) return _mm_cmpeq_epi8(_mm_loadl_epi64((const __m128i *)p), _mm_setzero_si128());
     memcpy(v, p, k);
     return _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)v), _mm_setzero_si128());
+}
+INLINE d8 d8_where_bytes(const unsigned char *p, d8 g) {
+    __m128i no = zero_bytes(p, 8);
+    __m256i a = _mm256_cvtepi8_epi64(no), b = _mm256_cvtepi8_epi64(_mm_srli_si128(no, 4));
+    return d8_of(_mm256_andnot_pd(_mm256_castsi256_pd(a), g.a),
+                 _mm256_andnot_pd(_mm256_castsi256_pd(b), g.b));
 }
 INLINE f16 f16_flags(const unsigned char *p, int k) {
     const __m256 one = _mm256_set1_ps(1);
@@ -335,6 +353,12 @@ INLINE f16 f16_where(f16 t, f16 g) { LANE(f16, 16, t.v[i] != 0 ? g.v[i] : 0); }
 INLINE d8 d8_where(d8 t, d8 g) { LANE(d8, 8, t.v[i] != 0 ? g.v[i] : 0); }
 INLINE f16 f16_where_number(f16 t, f16 g) { LANE(f16, 16, t.v[i] == t.v[i] ? g.v[i] : 0); }
 INLINE d8 d8_where_number(d8 t, d8 g) { LANE(d8, 8, t.v[i] == t.v[i] ? g.v[i] : 0); }
+INLINE d8 d8_where_bytes(const unsigned char *p, d8 g) { LANE(d8, 8, p[i] ? g.v[i] : 0); }
+INLINE int d8_numbers(d8 t) {
+    int n = 0;
+    for (int i = 0; i < 8; i++) n += t.v[i] == t.v[i];
+    return n;
+}
 INLINE f16 f16_flags(const unsigned char *p, int k) { LANE(f16, 16, i < k && p[i] ? 1 : 0); }
 INLINE d8 d8_flags(const unsigned char *p, int k) { LANE(d8, 8, i < k && p[i] ? 1 : 0); }
 #endif
@@ -354,6 +378,14 @@ INLINE int fastbn_kept16(const unsigned char *p) {
     memcpy(&b, p + 8, 8);
     if ((a | b) == 0) return 0;
     return (a & b) == 0x0101010101010101ULL ? 16 : 1;
+}
+
+/* Bytes of 8 that are not 0; a bool may be any such byte. */
+INLINE int fastbn_count8(const unsigned char *p) {
+    unsigned long long a, high = 0x8080808080808080ULL;
+    memcpy(&a, p, 8);
+    a = (((a & ~high) + ~high) | a) & high; /* the high bit of those */
+    return (int)((a >> 7) * 0x0101010101010101ULL >> 56);
 }
 
 INLINE int fastbn_kept8(const unsigned char *p) {

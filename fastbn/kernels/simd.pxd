@@ -52,10 +52,13 @@ cdef extern from "simd.h" nogil:
     d8 d8_where(d8 t, d8 g)
     f16 f16_where_number(f16 t, f16 g)
     d8 d8_where_number(d8 t, d8 g)
+    d8 d8_where_bytes(const unsigned char *p, d8 g)
+    int d8_numbers(d8 t)
     f16 f16_flags(const unsigned char *p, int k)
     d8 d8_flags(const unsigned char *p, int k)
     double fastbn_flag(const unsigned char *p)
     int fastbn_kept16(const unsigned char *p)
+    int fastbn_count8(const unsigned char *p)
     int fastbn_kept8(const unsigned char *p)
     double d8_sum(d8 a)
 

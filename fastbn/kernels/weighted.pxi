@@ -13,6 +13,18 @@ cdef enum:
     LOOKS = 32          # samples of a chunk that are looked at for a pivot
 
 
+cdef enum Kind:
+    BY_MASK             # a mask alone
+    BY_WEIGHT           # weights alone (a mask may be in them), hopefully nothing hidden by 0
+    BY_NUMBER           # NaN left out, and nothing else
+    BY_ANYTHING
+
+cdef inline Kind kind_of(Arrays a) noexcept nogil:
+    if a.omit:
+        return BY_NUMBER if a.weights == NULL and a.where == NULL else BY_ANYTHING
+    return BY_MASK if a.weights == NULL else BY_WEIGHT
+
+
 cdef struct Sums:
     # Of a feature, or of neighbouring ones, a lane each: of w, w d and w d^2, d = x - pivot.
     d8 n
@@ -20,17 +32,16 @@ cdef struct Sums:
     d8 b
 
 
-cdef inline Sums add_weighted(Sums s, Arrays a, bint careful, d8 x, d8 pivot,
+cdef inline Sums add_weighted(Sums s, Arrays a, Kind kind, d8 x, d8 pivot,
                               d8 weight) noexcept nogil:
-    """`careful` of what a weight of 0 hides."""
     cdef d8 d = d8_less(x, pivot)
-    if a.omit:
+    if kind == BY_NUMBER or (kind == BY_ANYTHING and a.omit):
         weight = where_number(x, weight)
         d = where_number(x, d)
-    if careful:
+    if kind == BY_MASK or kind == BY_ANYTHING:
         d = where(weight, d)
     s.n = add(s.n, weight)
-    if a.weights != NULL:
+    if kind == BY_WEIGHT or kind == BY_ANYTHING:
         weight = mul(weight, d)
     else:
         weight = d                          # weights are 0 or 1, and d is 0 with them
@@ -72,7 +83,7 @@ cdef double pivot_of(const Job *job, Arrays a, const pack *x, Py_ssize_t f, Py_s
 
 cdef inline void add_columns(double *sums, Arrays a, const double *pivot, const pack *x,
                              Py_ssize_t stride, int rows, const double *weights, Py_ssize_t step,
-                             Py_ssize_t j, int k) noexcept nogil:
+                             Py_ssize_t j, int k, Kind kind) noexcept nogil:
     """`rows` rows of columns [j, j + k) into sums, which are ROOM apart; so are rows of weights."""
     cdef Sums s
     cdef d8 p = load(<d8 *> pivot, j, 8), w
@@ -82,17 +93,18 @@ cdef inline void add_columns(double *sums, Arrays a, const double *pivot, const 
     s.b = load(<d8 *> sums, j + 2 * ROOM, 8)
     for r in range(rows):
         w = load(<d8 *> weights, r * ROOM + j * step, 8)
-        if k < 8:
-            w = d8_keep(w, k)
-        s = add_weighted(s, a, True, widen(x, r * stride + j, k), p, w)
+        if k < 8:                           # what lies beyond has a pivot, and may be a column
+            s = add_weighted(s, a, BY_ANYTHING, widen(x, r * stride + j, k), p, d8_keep(w, k))
+        else:
+            s = add_weighted(s, a, kind, widen(x, r * stride + j, 8), p, w)
     store(<d8 *> sums, j, 8, s.n)
     store(<d8 *> sums, j + ROOM, 8, s.a)
     store(<d8 *> sums, j + 2 * ROOM, 8, s.b)
 
 
 cdef inline void add_rows(double *sums, const Job *job, Arrays a, const double *pivot,
-                          const pack *x, Tile t, Py_ssize_t r, int rows,
-                          double *weights) noexcept nogil:
+                          const pack *x, Tile t, Py_ssize_t r, int rows, double *weights,
+                          Kind kind) noexcept nogil:
     """Rows [r, r + rows) of a tile, the last of which may be its short one."""
     cdef Py_ssize_t j = 0, step = sample_step(job, a)
     cdef Py_ssize_t columns = t.columns if r < t.rows else t.rest
@@ -103,25 +115,27 @@ cdef inline void add_rows(double *sums, const Job *job, Arrays a, const double *
     while j + 16 <= columns:
         if rows == ROWS:
             prefetch_rows(row, job.width, job.ahead_rows + j)
-        add_columns(sums, a, pivot, row, job.width, rows, weights, step, j, 8)
-        add_columns(sums, a, pivot, row, job.width, rows, weights, step, j + 8, 8)
+        add_columns(sums, a, pivot, row, job.width, rows, weights, step, j, 8,
+                    kind)
+        add_columns(sums, a, pivot, row, job.width, rows, weights, step, j + 8, 8,
+                    kind)
         j += 16
     while j < columns:
         add_columns(sums, a, pivot, row, job.width, rows, weights, step, j,
-                    <int> min(8, columns - j))
+                    <int> min(8, columns - j), kind)
         j += 8
 
 
 cdef inline void add_tile(double *sums, const Job *job, Arrays a, const double *pivot,
-                          const pack *x, Tile t) noexcept nogil:
+                          const pack *x, Tile t, Kind kind) noexcept nogil:
     """Any rows: weights are laid out by column."""
     cdef double weights[ROWS * ROOM]
     cdef Py_ssize_t r = 0
     while r + ROWS <= t.rows:
-        add_rows(sums, job, a, pivot, x, t, r, ROWS, weights)
+        add_rows(sums, job, a, pivot, x, t, r, ROWS, weights, kind)
         r += ROWS
     while r < t.rows + (t.rest > 0):
-        add_rows(sums, job, a, pivot, x, t, r, 1, weights)
+        add_rows(sums, job, a, pivot, x, t, r, 1, weights, kind)
         r += 1
 
 
@@ -220,6 +234,7 @@ cdef void weighted_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
     cdef double *mean = job.part_a + at_
     cdef double *m2 = job.part_b + at_
     cdef double total
+    cdef Kind kind = kind_of(a)
     cdef int attempt, s
     for f in range(t.features):
         pivots[f] = pivot_of(job, a, x, t.first + f, t.row * job.fold, 0,
@@ -233,8 +248,12 @@ cdef void weighted_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
             total = add_kept(sums, job, a, pivot, x, t)
         elif by_sample(job, a):
             total = add_samples(sums, job, a, pivot, x, t)
+        elif kind == BY_NUMBER:
+            add_tile(sums, job, a, pivot, x, t, BY_NUMBER)
+        elif kind == BY_MASK:
+            add_tile(sums, job, a, pivot, x, t, BY_MASK)
         else:
-            add_tile(sums, job, a, pivot, x, t)
+            add_tile(sums, job, a, pivot, x, t, BY_ANYTHING)
         for s in range(3):
             gather(sums + s * ROOM, t.features, job.inner, job.fold)
         if total >= 0:
@@ -252,55 +271,68 @@ cdef void weighted_rows(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
 # --- Planes --------------------------------------------------------------------------------------
 
 cdef struct Run:
-    # Sums of a feature: with weights, in two so that one multiply-add need not wait for the last;
-    # and those of stretches that are kept as a whole.
     Sums s
-    Sums t
-    Lanes whole
-    double kept             # elements in these
+    double kept             # elements that are not in s.n
 
 
-cdef inline void add_run(Run *run, Arrays a, bint careful, const pack *x, Py_ssize_t i,
+cdef inline void add_run(Run *run, Arrays a, Kind kind, const pack *x, Py_ssize_t i,
                          Py_ssize_t end, Py_ssize_t ahead, Py_ssize_t to_sample,
                          double pivot) noexcept nogil:
-    """Elements [i, end) of a feature; element i is sample i + to_sample."""
-    cdef d8 p = d8_splat(pivot)
-    cdef Sums s = run.s, t = run.t
-    cdef Lanes whole = run.whole
-    cdef bint mask = a.where != NULL and a.weights == NULL and not a.omit
-    cdef int k, kept
+    """Elements [i, end) of a feature; element i is sample i + to_sample.
+
+    Where weights are 0 or 1 they are counted, apart from the arithmetic.
+    """
+    cdef d8 p = d8_splat(pivot), u, d
+    cdef Sums s = run.s
+    cdef Py_ssize_t kept = 0
+    cdef int k, n, all_ = 0
     while i + 16 <= end:
-        if mask:
-            kept = fastbn_kept16(a.where + i + to_sample)
-            if kept == 16:
-                whole = sum_part(whole, x, i, i + 16, ahead, pivot)
-                run.kept += 16
-            if kept == 16 or kept == 0:
+        fastbn_prefetch(at(x, i + ahead))
+        if pack is d8:                      # 16 elements are two cache lines
+            fastbn_prefetch(at(x, i + ahead + 8))
+        if kind == BY_MASK:
+            all_ = fastbn_kept16(a.where + i + to_sample)
+            if all_ == 0:
                 i += 16
                 continue
-        fastbn_prefetch(at(x, i + ahead))
-        if pack is d8:
-            fastbn_prefetch(at(x, i + ahead + 8))
-        s = add_weighted(s, a, careful, widen(x, i, 8), p, weight_at(a, i + to_sample, 8))
-        t = add_weighted(t, a, careful, widen(x, i + 8, 8), p, weight_at(a, i + 8 + to_sample, 8))
+        for n in range(0, 16, 8):
+            u = widen(x, i + n, 8)
+            if kind == BY_MASK or kind == BY_NUMBER:
+                d = d8_less(u, p)
+                if kind == BY_NUMBER:
+                    d = where_number(u, d)
+                    kept += d8_numbers(u)
+                elif all_ != 16:
+                    d = d8_where_bytes(a.where + i + n + to_sample, d)
+                    kept += fastbn_count8(a.where + i + n + to_sample)
+                s.a = add(s.a, d)
+                s.b = fma(d, d, s.b)
+            elif kind == BY_WEIGHT:
+                s = add_weighted(s, a, kind, u, p, load(<d8 *> a.weights, i + n + to_sample, 8))
+            else:
+                s = add_weighted(s, a, kind, u, p, weight_at(a, i + n + to_sample, 8))
+        if kind == BY_MASK and all_ == 16:
+            kept += 16
         i += 16
     while i < end:
         k = <int> min(8, end - i)
-        s = add_weighted(s, a, True, widen(x, i, k), p, weight_at(a, i + to_sample, k))
+        s = add_weighted(s, a, BY_ANYTHING, widen(x, i, k), p, weight_at(a, i + to_sample, k))
         i += 8
-    run.s, run.t, run.whole = s, t, whole
+    run.s = s
+    run.kept += kept
 
 
-cdef inline void add_runs(Run *runs, const Job *job, Arrays a, bint careful, const pack *x,
-                          Block t, const double *pivots) noexcept nogil:
+cdef inline void add_runs(Run *runs, const Job *job, Arrays a, Kind kind, const pack *x, Block t,
+                          const double *pivots) noexcept nogil:
     cdef Py_ssize_t r, f, i, middle, s
     for r in range(t.runs):
         for f in range(t.features):
             i = t.start + r * t.stride + f * job.inner
             middle = i + (t.length - t.near) // 16 * 16
             s = sample_of(job, t, r, i)
-            add_run(runs + f, a, careful, x, i, middle, t.near, s, pivots[f])
-            add_run(runs + f, a, careful, x, middle, i + t.length, t.far, s, pivots[f])
+            if middle > i:
+                add_run(runs + f, a, kind, x, i, middle, t.near, s, pivots[f])
+            add_run(runs + f, a, kind, x, middle, i + t.length, t.far, s, pivots[f])
 
 
 cdef void weighted_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
@@ -315,25 +347,27 @@ cdef void weighted_planes(const Job *job, Arrays a, const pack *x, Py_ssize_t c,
     cdef double *pivots = job.part_pivot + at_
     cdef double *mean = job.part_a + at_
     cdef double *m2 = job.part_b + at_
-    cdef Lanes w
+    cdef Kind kind = kind_of(a)
     cdef int attempt = 0
-    cdef bint careful = a.weights == NULL and a.where != NULL
     for f in range(t.features):
         pivots[f] = pivot_of(job, a, x, t.first + f, t.sample // job.inner,
                              t.sample % job.inner, t.length)
     while attempt < 2:
         memset(runs, 0, t.features * sizeof(Run))
-        if careful:
-            add_runs(runs, job, a, True, x, t, pivots)
+        if kind == BY_MASK:
+            add_runs(runs, job, a, BY_MASK, x, t, pivots)
+        elif kind == BY_WEIGHT:
+            add_runs(runs, job, a, BY_WEIGHT, x, t, pivots)
+        elif kind == BY_NUMBER:
+            add_runs(runs, job, a, BY_NUMBER, x, t, pivots)
         else:
-            add_runs(runs, job, a, False, x, t, pivots)
+            add_runs(runs, job, a, BY_ANYTHING, x, t, pivots)
         for f in range(t.features):
-            w = runs[f].whole
-            n[f] = d8_sum(add(runs[f].s.n, runs[f].t.n)) + runs[f].kept
-            sum1[f] = d8_sum(add(add(runs[f].s.a, runs[f].t.a), add(w.a, w.b)))
-            sum2[f] = d8_sum(add(add(runs[f].s.b, runs[f].t.b), add(w.a2, w.b2)))
-        if not careful and hides_nan(sum1, n, t.features):
-            careful = True
+            n[f] = d8_sum(runs[f].s.n) + runs[f].kept
+            sum1[f] = d8_sum(runs[f].s.a)
+            sum2[f] = d8_sum(runs[f].s.b)
+        if kind == BY_WEIGHT and hides_nan(sum1, n, t.features):
+            kind = BY_ANYTHING              # once more, careful of what weight 0 hides
             continue
         if not close_chunk(sum1, sum2, t.features, n, 0, mean, m2):
             break
