@@ -7,8 +7,8 @@ order and no feature axis needs the whole array.
 
 A piece is read into a buffer, normalised there and written from there, so that it stays in a
 core's cache meanwhile. What takes the time is the system's copying. Threads for reading and for
-writing did not make it faster here, and a team of kernel threads made it slower: it spins on the
-cores that the system needs (with other load on the machine a pass took ten times as long).
+writing were no faster when this was tried, and a team of kernel threads is no help: between its
+calls it spins on the cores that the system, and whoever else is on the machine, needs.
 
 Nothing is mapped into memory: mapped pages count as the process's memory, and a file that is cut
 short meanwhile would be a SIGBUS and not an error.

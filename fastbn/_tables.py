@@ -23,7 +23,8 @@ from fastbn._layout import Array
 from fastbn.functional import normalize
 from fastbn.statistics import Moments
 
-CSV_BLOCK = 8 << 20  # bytes parsed at a time, and looked at to tell numbers from text
+CSV_FIRST = 8 << 20  # bytes looked at to tell numbers from text
+CSV_BLOCK = 2 << 20  # bytes parsed at a time; pyarrow reads many such blocks ahead
 ROW_GROUP = 32 << 20  # bytes of columns that a row group of written Parquet has at least
 
 
@@ -110,7 +111,7 @@ class CsvFile(TableFile):
     """A CSV file with a header row, in UTF-8."""
 
     def __init__(self, path: str, skip: Sequence[str], wanted: tuple[str, ...] | None) -> None:
-        with open(path, "rb") as file, errors_of(path, ()), self.reader(file) as reader:
+        with open(path, "rb") as file, errors_of(path, ()), self.reader(file, CSV_FIRST) as reader:
             guess = reader.schema
             names = guess.names  # which must be UTF-8
         check_header(path, names)
@@ -124,10 +125,10 @@ class CsvFile(TableFile):
             self.size = file.seek(0, io.SEEK_END)
 
     @staticmethod
-    def reader(file: IO[bytes], **convert: Any) -> pyarrow.csv.CSVStreamingReader:
+    def reader(file: IO[bytes], block: int, **convert: Any) -> pyarrow.csv.CSVStreamingReader:
         return pyarrow.csv.open_csv(
             file,
-            pyarrow.csv.ReadOptions(block_size=CSV_BLOCK),
+            pyarrow.csv.ReadOptions(block_size=block),
             pyarrow.csv.ParseOptions(newlines_in_values=True),
             pyarrow.csv.ConvertOptions(**convert),
         )
@@ -140,7 +141,9 @@ class CsvFile(TableFile):
         with (
             open(self.path, "rb") as file,
             errors_of(self.path, self.schema.names),
-            self.reader(file, column_types=types, include_columns=list(columns)) as reader,
+            self.reader(
+                file, CSV_BLOCK, column_types=types, include_columns=list(columns)
+            ) as reader,
         ):
             for batch in reader:
                 yield batch

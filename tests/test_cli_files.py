@@ -264,11 +264,12 @@ def test_a_failure_in_the_middle_leaves_no_file(error, message, folder, capsys, 
     assert re.fullmatch(r"y\.npy\.[0-9a-f]{8}\.tmp", made[0])
 
 
-def test_a_defect_is_no_drift(folder, capsys, monkeypatch):
+@pytest.mark.parametrize("defect", [KeyError("a defect"), ModuleNotFoundError(name="fastbn.gone")])
+def test_a_defect_is_no_drift(defect, folder, capsys, monkeypatch):
     npy()
 
     def broken(*_):
-        raise KeyError("a defect")
+        raise defect
 
     monkeypatch.setattr("fastbn._cli_files.measure", broken)
     assert main(["stats", "x.npy"]) == 2

@@ -152,6 +152,7 @@ def test_refusals(arguments, message, folder, capsys):
 
 def test_an_error_in_the_second_pass_leaves_no_file(folder, capsys, monkeypatch):
     monkeypatch.setattr("fastbn._tables.CSV_BLOCK", 1 << 12)
+    monkeypatch.setattr("fastbn._tables.CSV_FIRST", 1 << 12)
     main(["stats", "all.csv", "-o", "s.npz", "--quiet"])
     with open("all.csv", "a") as file:
         file.write(",".join(["much"] * 31) + "\n")

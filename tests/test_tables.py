@@ -26,6 +26,7 @@ RNG = np.random.default_rng(4)
 @pytest.fixture(params=[128, 8 << 20], ids=lambda n: f"blocks of {n} bytes")
 def block(request, monkeypatch):
     monkeypatch.setattr(tables, "CSV_BLOCK", request.param)
+    monkeypatch.setattr(tables, "CSV_FIRST", request.param)
     monkeypatch.setattr(tables, "ROW_GROUP", 50 * request.param)
     monkeypatch.setattr(_blocks, "BLOCK", request.param)
     monkeypatch.setattr(_blocks, "WRITTEN", request.param)
@@ -97,6 +98,7 @@ def test_integers_may_become_floats_later_and_may_be_missing(block, tmp_path):
 
 def test_text_after_numbers_names_the_column_and_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "CSV_BLOCK", 64)
+    monkeypatch.setattr(tables, "CSV_FIRST", 64)
     path = text(tmp_path / "a.csv", ["id,a,b", *(["x,1,2"] * 100), "y,3,much"])
     message = r"a\.csv: column 'b': expected a number, got an invalid value 'much'; .*--skip 'b'"
     with pytest.raises(ValueError, match=message):
