@@ -103,12 +103,11 @@ def joined(parts: dict[tuple[int, int], Moments], source: Source) -> Moments:
     """The moments of all features from those of some each."""
     if list(parts) == [(0, source.features)]:
         return parts[0, source.features].named(source.names)
-    table = np.zeros((3, source.features))
+    table = np.zeros((4, source.features))
     table[1] = np.nan  # where there are no data
     for (start, stop), m in parts.items():
-        table[:, start:stop] = m.count, m.mean, m.m2
-    count, mean, m2 = table
-    return Moments(count, mean, m2, source.names)
+        table[:, start:stop] = m._table
+    return Moments._wrap(table).named(source.names)
 
 
 def block_moments(values: Array, nan: NanPolicy) -> Moments:

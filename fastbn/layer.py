@@ -23,6 +23,7 @@ from fastbn._arguments import (
 from fastbn._checked import Stats
 from fastbn._conventions import BATCHES, CONVENTIONS, Convention
 from fastbn._layout import Array
+from fastbn._samples import NanPolicy
 from fastbn.functional import (
     Activation,
     batch_norm,
@@ -42,8 +43,8 @@ class _Saved(NamedTuple):
     gamma: Array | None
     beta: Array | None
     training: bool
-    activation: Activation
-    residual: Array | None
+    fused: dict[str, Any]  # activation and residual
+    samples: dict[str, Any]  # weights, where and nan
 
 
 class BatchNorm:
@@ -161,11 +162,15 @@ class BatchNorm:
         out: Array | None = None,
         activation: Activation = None,
         residual: Any = None,
+        weights: Any = None,
+        where: Any = None,
+        nan: NanPolicy = "propagate",
     ) -> Array:
         """Normalise a batch; see `fastbn.batch_norm` and `fastbn.normalize` for the arguments.
 
-        In training this updates the running statistics. x (and residual) are kept, not copied,
-        for `backward`; where `out` overwrites them there is no backward.
+        In training this updates the running statistics. Arrays are kept, not copied, for
+        `backward`; where `out` overwrites them there is no backward. A mask and `nan` do the
+        same in evaluation mode, where `weights` mean nothing.
         """
         a = as_array(x, "x")
         axis = check_axis(self.axis, a, "x")
@@ -175,6 +180,9 @@ class BatchNorm:
             )
         if residual is not None:
             residual = check_like(residual, "residual", a, compute_dtype(a))
+        fused = {"activation": activation, "residual": residual}
+        mask: dict[str, Any] = {"where": where, "nan": nan}
+        samples = {"weights": weights, **mask}
         stats: Stats
         if self.training:
             if self._rules.needs_two and 0 < a.size == self.num_features:
@@ -182,64 +190,39 @@ class BatchNorm:
                     "x: expected more than one value per feature in training (torch "
                     f"convention), got shape {a.shape}"
                 )
-            y, stats = self._train(a, out, activation, residual)
+            y, stats = self._train(a, out, fused, samples)
         else:
             stats = self.running.mean_and_var
-            y = normalize(
-                a,
-                stats,
-                self.gamma,
-                self.beta,
-                axis=self.axis,
-                eps=self.eps,
-                out=out,
-                activation=activation,
-                residual=residual,
-            )
+            mask |= {"axis": self.axis, "eps": self.eps, "out": out}
+            y = normalize(a, stats, self.gamma, self.beta, **fused, **mask)
         if out is not None and any(
-            np.may_share_memory(out, b) for b in (a, residual) if b is not None
+            isinstance(b, np.ndarray) and np.may_share_memory(out, b)
+            for b in (a, residual, weights, where)
         ):
             self._saved = None
         else:
             # Parameters are copied: an optimiser may step before the backward of this batch.
             gamma, beta = (None if p is None else p.copy() for p in (self.gamma, self.beta))
-            self._saved = _Saved(a, stats, gamma, beta, self.training, activation, residual)
+            self._saved = _Saved(a, stats, gamma, beta, self.training, fused, samples)
         return y
 
     def _train(
-        self, a: Array, out: Array | None, activation: Activation, residual: Any
+        self, a: Array, out: Array | None, fused: dict[str, Any], samples: dict[str, Any]
     ) -> tuple[Array, Moments]:
         gamma = per_feature_or_none(self.gamma, "gamma", self.num_features)
         beta = per_feature_or_none(self.beta, "beta", self.num_features)
         if out is None:
-            y, m = batch_norm(
-                a,
-                gamma,
-                beta,
-                axis=self.axis,
-                eps=self.eps,
-                activation=activation,
-                residual=residual,
-            )
+            y, m = batch_norm(a, gamma, beta, axis=self.axis, eps=self.eps, **fused, **samples)
             self._update(m)
             return y, m
         # The statistics may be refused, and a refused batch must leave `out` (which may be x)
         # alone: update first, then normalise. Same bits as in one call.
         check_out(out, a, compute_dtype(a))
-        check_activation(activation)
-        m = moments(a, axis=self.axis)
+        check_activation(fused["activation"])
+        m = moments(a, axis=self.axis, **samples)
         self._update(m)
-        y = normalize(
-            a,
-            m,
-            gamma,
-            beta,
-            axis=self.axis,
-            eps=self.eps,
-            out=out,
-            activation=activation,
-            residual=residual,
-        )
+        mask = {k: v for k, v in samples.items() if k != "weights"}
+        y = normalize(a, m, gamma, beta, axis=self.axis, eps=self.eps, out=out, **fused, **mask)
         return y, m
 
     def _update(self, m: Moments) -> None:
@@ -332,8 +315,8 @@ class BatchNorm:
             eps=self.eps,
             training=s.training,
             out=out,
-            activation=s.activation,
-            residual=s.residual,
+            **s.fused,
+            **s.samples,
         )
         if self.gamma is not None:
             self.grad_gamma, self.grad_beta = dgamma, dbeta

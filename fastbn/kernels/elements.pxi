@@ -48,11 +48,11 @@ cdef inline bint unfused(Arrays a) noexcept nogil:
 
 
 cdef inline bint plain_but_mask(Arrays a) noexcept nogil:
-    return unfused(a) and a.where != NULL and a.weights == NULL and not a.omit
+    return FASTBN_SPECIAL and unfused(a) and a.where != NULL and a.weights == NULL and not a.omit
 
 
 cdef inline bint plain_but_omit(Arrays a) noexcept nogil:
-    return unfused(a) and a.omit and a.where == NULL and a.weights == NULL
+    return FASTBN_SPECIAL and unfused(a) and a.omit and a.where == NULL and a.weights == NULL
 
 
 cdef inline Arrays bare_but_mask(Arrays a) noexcept nogil:

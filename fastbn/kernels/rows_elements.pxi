@@ -201,7 +201,7 @@ cdef inline void gradients_span(Arrays a, const pack *x, Py_ssize_t i, Py_ssize_
 
 
 cdef inline void add_gradients(const Job *job, Arrays a, const pack *x, Tile t, double *sum_g,
-                        double *sum_gx, const double *mean, Columns p) noexcept nogil:
+                               double *sum_gx, const double *mean, Columns p) noexcept nogil:
     """The rows of a tile."""
     cdef Py_ssize_t r = 0, i, j, columns
     while r < t.rows + (t.rest > 0):

@@ -40,6 +40,7 @@
 #if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include <immintrin.h>
 #define FASTBN_SIMD "avx512"
+#define FASTBN_SPECIAL 1
 
 typedef __m512 f16;
 typedef __m512d d8;
@@ -132,6 +133,7 @@ INLINE d8 d8_flags(const unsigned char *p, int k) {
 #elif defined(__AVX2__) && (defined(__FMA__) || defined(_MSC_VER))
 #include <immintrin.h>
 #define FASTBN_SIMD "avx2"
+#define FASTBN_SPECIAL 1
 
 typedef struct { __m256 a, b; } f16;
 typedef struct { __m256d a, b; } d8;
@@ -291,6 +293,8 @@ INLINE d8 d8_flags(const unsigned char *p, int k) {
 
 #else
 #define FASTBN_SIMD "generic"
+/* Loops of their own for masks and NaN: here they would double the minutes of compiling. */
+#define FASTBN_SPECIAL 0
 
 /* Plain C over parts that a compiler keeps in 128-bit registers where it has them. */
 #if defined(__GNUC__) || defined(__clang__)

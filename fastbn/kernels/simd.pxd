@@ -10,6 +10,7 @@ cdef extern from "simd.h" nogil:
     ctypedef struct d8:
         pass
     const char *FASTBN_SIMD
+    const bint FASTBN_SPECIAL
     void fastbn_prefetch(const void *p)
     void fastbn_fence()
 

@@ -20,6 +20,8 @@ cdef enum Kind:
     BY_ANYTHING
 
 cdef inline Kind kind_of(Arrays a) noexcept nogil:
+    if not FASTBN_SPECIAL:
+        return BY_ANYTHING
     if a.omit:
         return BY_NUMBER if a.weights == NULL and a.where == NULL else BY_ANYTHING
     return BY_MASK if a.weights == NULL else BY_WEIGHT
