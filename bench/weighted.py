@@ -2,9 +2,9 @@
 
     python bench/weighted.py
 
-A table for each operation: the time with `weights`, with a mask that is padding (each sequence or
-image row kept up to a length of its own, the last dimension of the samples), with a mask that is
-random (70 % kept), and with NaN to omit (5 % of the values), each over the plain call's. For
+A table for each operation: the time with `weights`, with a mask that is padding (each item, or each
+sequence of 100 rows, kept up to a length of its own, 70 % on average), with a mask that is random
+(70 % kept), and with NaN to omit (5 % of the values), each over the plain call's. For
 `moments` also NumPy's nanmean and nanvar over fastbn's omitting. Every result is compared with
 `fastbn.reference` before it is timed.
 """
@@ -21,27 +21,19 @@ from shapes import SETS, Case
 
 def samples_of(case: Case, rng: Any) -> dict[str, dict[str, Any]]:
     """The arguments of each kind, by the logical shape's samples."""
+    import numpy as np
+
     shape = (case.shape[0], *case.shape[2:])
-    last = shape[-1]
-    lengths = rng.integers(0.4 * last, last + 1, (*shape[:-1], 1))
-    padding = rng.permutation(shape[0]) if len(shape) == 1 else None
-    if padding is None:
-        mask = rng.permuted(lengths, axis=0) > _arange(last)
-    else:  # rows of sequences of 100 one after the other
-        mask = _arange(last) % 100 < 70
+    run = math.prod(shape[1:]) if len(shape) > 1 else 100  # rows: sequences of 100 steps
+    places = np.arange(math.prod(shape))
+    lengths = rng.integers(int(0.4 * run), run + 1, len(places) // run + 1)
     return {
         "plain": {},
         "weights": {"weights": rng.random(shape)},
-        "padding": {"where": mask},
+        "padding": {"where": (places % run < lengths[places // run]).reshape(shape)},
         "random mask": {"where": rng.random(shape) < 0.7},
         "omit": {"nan": "omit"},
     }
-
-
-def _arange(n: int) -> Any:
-    import numpy as np
-
-    return np.arange(n)
 
 
 def time_case(case: Case, dtype: str, budget: float) -> dict[str, dict[str, float]]:

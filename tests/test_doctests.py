@@ -45,14 +45,17 @@ def blocks(text):
     return [(m[1], text.count("\n", 0, m.start(1))) for m in found if ">>>" in m[1]]
 
 
-def test_readme(tmp_path, monkeypatch):
-    """Its blocks are one session, from top to bottom."""
+@pytest.mark.parametrize(
+    "page", [README, README.parent / "docs/statistics.md"], ids=lambda p: p.name
+)
+def test_pages(page, tmp_path, monkeypatch):
+    """The blocks of one are a session, from top to bottom."""
     monkeypatch.chdir(tmp_path)
-    found = blocks(README.read_text(encoding="utf-8"))
+    found = blocks(page.read_text(encoding="utf-8"))
     assert found
     session = {"__name__": "__main__"}
     for text, line in found:
-        test = doctest.DocTestParser().get_doctest(text, session, "README.md", str(README), line)
+        test = doctest.DocTestParser().get_doctest(text, session, page.name, str(page), line)
         assert run(test) == text.count(">>> ")
         session = test.globs
 
