@@ -104,7 +104,8 @@ cdef inline void forward_tile(const Job *job, Arrays a, const pack *x, Tile t, i
         forward_span(a, x, t.start + r * job.width, job.width, 1, t.rest, p)
 
 
-cdef inline void forward_kept(const Job *job, Arrays a, const pack *x, Tile t, Columns p) noexcept nogil:
+cdef inline void forward_kept(const Job *job, Arrays a, const pack *x, Tile t,
+                              Columns p) noexcept nogil:
     if plain_but_mask(a):
         forward_tile(job, bare_but_mask(a), x, t, 1, p)
     elif plain_but_omit(a):
@@ -319,7 +320,8 @@ cdef inline void backward_tile(const Job *job, Arrays a, const pack *x, Tile t, 
         backward_span(a, x, t.start + r * job.width, job.width, 1, t.rest, p)
 
 
-cdef inline void backward_kept(const Job *job, Arrays a, const pack *x, Tile t, Columns p) noexcept nogil:
+cdef inline void backward_kept(const Job *job, Arrays a, const pack *x, Tile t,
+                               Columns p) noexcept nogil:
     if plain_but_mask(a):
         backward_tile(job, bare_but_mask(a), x, t, 1, p)
     elif plain_but_omit(a):
