@@ -269,6 +269,14 @@ def test_results_that_overlap_their_weights():
     y, n = fastbn.batch_norm(x, weights=shared, out=shared)
     assert y is shared
     assert bits(y, n) == bits(expected, m)
+    x2 = np.random.default_rng(0).standard_normal((64, 3))
+    memory = np.linspace(0, 1, x2.size)
+    weights, m = memory[:64], fastbn.moments(x2, weights=memory[:64])
+    expected = fastbn.batch_norm_backward(x2[::-1], x2, m, weights=weights.copy())
+    dx, *_ = fastbn.batch_norm_backward(
+        x2[::-1].copy(), x2, m, weights=weights, out=memory.reshape(x2.shape)
+    )
+    assert bits(dx) == bits(expected[0])  # weights that the result overwrites before they are read
     memory = x.copy()
     mask = memory.view(np.bool_)[: x.size]  # the first values' bytes
     memory.view(np.uint8)[:] = np.random.default_rng(1).integers(0, 2, memory.nbytes)
