@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import oracle
 import pytest
@@ -168,6 +170,17 @@ def test_values_at_the_end_of_the_range(implementation):
     assert m.count.tolist() == [6, 6]
     np.testing.assert_allclose(m.mean, [0, 7 / 3], atol=top * 1e-15)
     assert m.m2[0] == np.inf
+
+
+def test_a_first_chunk_that_is_left_out():
+    """Means are then offsets from a value of the next one, and keep their low-order part."""
+    x = make("offset 1e6", (40000, 3), 1, np.float64)
+    where = np.arange(40000) >= 22000
+    assert fastbn._runtime.kernels.plan(40000, 3, 1, 8, 1)["chunks"] > 1
+    m = fastbn.moments(x, where=where)
+    for f in range(3):
+        exact = sum(map(Fraction, x[where, f].tolist())) / 18000
+        assert abs(Fraction(m.mean[f]) + Fraction(m._table[3, f]) - exact) < 1e-14
 
 
 # --- Arguments ------------------------------------------------------------------------------------
