@@ -33,7 +33,7 @@ COMMON = [
 ]
 FLAGS = {
     "_cpu": [],
-    # Passes that took half of the minutes and made nothing faster.
+    # Two passes that took a third of a compilation of three minutes and made nothing faster.
     "_generic": ["-fno-gcse-after-reload", "-fno-tree-pre"],
     "_avx2": ["-mavx2", "-mfma"],
     "_avx512": [

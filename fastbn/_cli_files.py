@@ -25,8 +25,8 @@ from fastbn._datafiles import (
     extension,
     open_source,
     progress_bar,
-    written,
 )
+from fastbn._files import written
 from fastbn._layout import Array
 from fastbn._npy import NpyFile
 from fastbn._runtime import num_threads

@@ -1,15 +1,14 @@
-"""Which format a file has, what is asked before a long pass, and how output comes into being."""
+"""Which format a file has, what is asked before a long pass, and how far it is."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from fastbn._blocks import Progress
 from fastbn._npy import NpyFile
@@ -82,30 +81,6 @@ def check_room(path: str, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise OSError(28, f"{size} bytes needed, {free} free on the disk", path)
-
-
-@contextlib.contextmanager
-def written(path: str) -> Iterator[IO[bytes]]:
-    """A new file that gets the name `path` when it is complete, and is removed if it never is.
-
-    It is written beside the target, so that taking its place is one atomic rename. Nothing asks
-    the disk to have it (fsync), as ``cp`` does not: that guards against a process that ends, not
-    against a machine that does.
-    """
-    target = os.path.realpath(path)  # a link stays a link
-    beside = f"{target}.{os.urandom(4).hex()}.tmp"
-    try:
-        with open(beside, "xb") as file:
-            if os.path.exists(target):  # writing to it would have kept its mode
-                os.chmod(beside, stat.S_IMODE(os.stat(target).st_mode))
-            yield file
-        os.replace(beside, target)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(beside)
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = path  # a full disk is known by what was written
-        raise
 
 
 class NoBar:

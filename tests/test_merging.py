@@ -109,6 +109,17 @@ def test_sums_beyond_the_range_with_means_inside():
     np.testing.assert_allclose([far.mean[0], far.m2[0]], [5e199, 5e99], rtol=1e-15)
 
 
+def test_infinities_in_any_order():
+    """As in one shot: infinite means stay, and two that cancel are NaN."""
+    values = np.array([1.0, np.inf, 2.0, 3.0])
+    whole = fastbn.moments(values)
+    assert (whole.mean[0], np.isnan(whole.m2[0])) == (np.inf, True)
+    for order in ([0, 1, 2, 3], [1, 0, 2, 3], [3, 2, 1, 0]):
+        assert chain([fastbn.moments(values[k : k + 1]) for k in order], None) == whole
+    both = [fastbn.moments([v]) for v in (np.inf, 1.0, -np.inf)]
+    assert np.isnan(chain(both, None).mean[0])
+
+
 def test_the_low_order_part_goes_with_copies_and_files(tmp_path):
     x = make("offset 1e6", (600, 3), 1, np.float64)
     parts = [fastbn.moments(p) for p in np.array_split(x, 37)]

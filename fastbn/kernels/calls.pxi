@@ -231,10 +231,10 @@ cdef bint samples(Call *call, object weights, object where, bint omit) except -1
     call.a.omit = omit
     return (by_sample_array(call, weights, np.NPY_FLOAT64, <void **> &call.a.weights)
             and by_sample_array(call, where, np.NPY_BOOL, <void **> &call.a.where)
-            and (weights is None or fit(call.a.weights, <Py_ssize_t> call.job.n)))
+            and (weights is None or weights_fit(weights)))
 
 
-cdef bint fit(const double *weights, Py_ssize_t n) noexcept:
+cdef bint fit(const double *weights, Py_ssize_t n) noexcept nogil:
     """Whether all are >= 0, and their sum is finite."""
     cdef Py_ssize_t i
     cdef d8 value, total = d8_splat(0), zero = d8_splat(0)
@@ -377,45 +377,12 @@ def backward(dy, x, mean, var, gamma, beta, axis, eps, bint training, out, activ
 
 def weights_fit(np.ndarray weights):
     """`fit`, of a dense float64 array."""
-    return fit(<double *> np.PyArray_DATA(weights), np.PyArray_SIZE(weights))
-
-
-def merge(table, other):
-    """The table of two Moments together (Chan, Golub & LeVeque 1983); both have equal shapes.
-
-    Means carry their low-order parts along, so that as little is lost of the differences
-    between means as of the data's deviations, however large the means are.
-    """
-    cdef Operand a, b, o
-    cdef Py_ssize_t f, n
-    cdef double *to
-    cdef const double *p
-    cdef const double *q
-    cdef double count, delta, weight, mean, low
-    merged = new_like(table)
-    read(table, &a)
-    read(other, &b)
-    read(merged, &o)
-    n = a.shape[1]
-    for f in range(n):
-        p, q, to = <double *> a.data + f, <double *> b.data + f, <double *> o.data + f
-        if p[0] == 0 or q[0] == 0:          # to the bit, of one that is empty too
-            if q[0] != 0:
-                p = q
-            to[0], to[n], to[2 * n], to[3 * n] = p[0], p[n], p[2 * n], p[3 * n]
-            continue
-        count = p[0] + q[0]
-        weight = q[0] / count
-        delta = (q[n] - p[n]) + (q[3 * n] - p[3 * n])
-        to[0] = count
-        to[2 * n] = p[2 * n] + q[2 * n] + delta * (weight * p[0]) * delta
-        if isfinite(delta) or not (isfinite(p[n]) and isfinite(q[n])):
-            two_sum(p[n], delta * weight, &mean, &low)
-            two_sum(mean, low + p[3 * n], to + n, to + 3 * n)
-        else:                               # half of the difference is finite
-            delta = q[n] * 0.5 - p[n] * 0.5
-            to[n], to[3 * n] = p[n] + delta * weight + delta * weight, 0
-    return merged
+    cdef const double *w = <double *> np.PyArray_DATA(weights)
+    cdef Py_ssize_t n = np.PyArray_SIZE(weights)
+    cdef bint all_fit
+    with nogil:
+        all_fit = fit(w, n)
+    return all_fit
 
 
 def plan(Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, int itemsize, int threads):

@@ -7,7 +7,7 @@
 #     finish   merge a feature's chunks in order, derive parameters   features.pxi
 #     apply    one multiply-add per element, with those parameters    rows_elements.pxi, planes.pxi
 #
-# Samples may have weights, and samples or NaN may be left out: samples.pxi, and weighted.pxi for
+# Samples may have weights, and samples or NaN may be left out: samples.pxi, and weighted*.pxi for
 # what is then reduced and merged.
 #
 # Moments reduce and finish, inference finishes and applies, training does all three. The rest
@@ -32,6 +32,8 @@ include "elements.pxi"
 include "rows_elements.pxi"
 include "planes.pxi"
 include "weighted.pxi"
+include "weighted_rows.pxi"
+include "weighted_planes.pxi"
 
 simd = (<bytes> FASTBN_SIMD).decode()
 openmp = FASTBN_OPENMP
@@ -225,3 +227,4 @@ cdef void run(Job *job, const Arrays *a, const pack *x) noexcept nogil:
 
 
 include "calls.pxi"
+include "tables.pxi"

@@ -41,8 +41,8 @@ cdef inline Columns forward_columns(const Job *job, const pack *tag, Tile t,
 
 
 cdef inline Py_ssize_t far(const pack *tag) noexcept nogil:
-    """The usual `ahead`, said for the compiler: read from the stack by every pack, it cost up to
-    half of the time of inference from memory."""
+    """The usual `ahead`, said for the compiler: where every pack read it from the stack, inference
+    of (20000, 1000) took 1.4 to 1.6 times as long."""
     return AHEAD * lanes(tag) // 64
 
 

@@ -293,7 +293,7 @@ INLINE d8 d8_flags(const unsigned char *p, int k) {
 
 #else
 #define FASTBN_SIMD "generic"
-/* Loops of their own for masks and NaN: here they would double the minutes of compiling. */
+/* Loops of their own for masks and NaN: here they would double the time of compiling. */
 #define FASTBN_SPECIAL 0
 
 /* Plain C over parts that a compiler keeps in 128-bit registers where it has them. */
@@ -367,8 +367,8 @@ INLINE f16 f16_flags(const unsigned char *p, int k) { LANE(f16, 16, i < k && p[i
 INLINE d8 d8_flags(const unsigned char *p, int k) { LANE(d8, 8, i < k && p[i] ? 1 : 0); }
 #endif
 
-/* 1 for a byte that is not 0, else 0; by a branch, as compilers like it, a random mask would cost
- * three times as much. */
+/* 1 for a byte that is not 0, else 0; compilers like to make a branch of it, which a random mask
+ * mispredicts. */
 INLINE double fastbn_flag(const unsigned char *p) {
     int v = *p != 0;
     OPAQUE_INT(v);
