@@ -30,6 +30,8 @@ from fastbn.statistics import Moments
 FLAGS = 3
 FIRST = 256  # features in the first message
 
+STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
 
 class SyncBatchNorm(_BatchNorm):
     """Batch norm whose training statistics are those of the batches of all processes together.
@@ -107,19 +109,19 @@ class SyncBatchNorm(_BatchNorm):
         group = self._group()
         from_data = self.training or (self.running_mean is None and self.running_var is None)
         stats: Moments | tuple[Array, Array]
-        if group is not None:
+        if synced := group is not None:
             stats, exchange = self._gathered(input, group)
             group = group if exchange else None
         elif from_data:
-            stats, exchange = moments(self._checked(input), axis=1), False
+            stats = moments(self._checked(input), axis=1)
         else:
             self._checked(input)
             # Copies: the buffers may have changed by the time of the backward.
-            stats, exchange = (_doubles(self.running_mean), _doubles(self.running_var)), False
+            stats = _doubles(self.running_mean), _doubles(self.running_var)
         if isinstance(stats, Moments) and (stats.count == 1).any():
             raise ValueError(
-                "Expected more than 1 value per channel when training, got 1 in all processes "
-                f"together; here the input has size {input.size()}"
+                "Expected more than 1 value per channel when training, got input size "
+                f"{input.size()}" + (", with the other processes' inputs" if synced else "")
             )
         y = _Normalize.apply(input, self.weight, self.bias, stats, self.eps, group)
         if self.training and self.track_running_stats:
@@ -266,7 +268,7 @@ class SyncBatchNorm(_BatchNorm):
                 module.track_running_stats,
                 process_group,
             )
-            for name in (*module._parameters, *module._buffers):
+            for name in STATE:
                 setattr(result, name, getattr(module, name))
             result.training = module.training
             if hasattr(module, "qconfig"):

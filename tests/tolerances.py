@@ -44,3 +44,8 @@ DIFFERENCES = 1e-9
 TORCH = 1e-12
 # Merging the moments of parts, relative (DESIGN.md).
 MERGE = 1e-12
+# Batch norm over processes. dx gets the statistics' part in a pass of its own: one rounding more.
+# Statistics are merged: a rounding of the mean and some of m2, in epsilons of float64 of the
+# element's size, times 1 + |mean| / std.
+DX_SYNC = {FLOAT32: 3, FLOAT64: 3}
+STATISTICS_SYNC = 4
