@@ -5,7 +5,6 @@ Every process does all of it and saves what came out, for the tests to compare.
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 from datetime import timedelta
@@ -252,11 +251,12 @@ def images():
     return torch.randn(16, 2, 8, 8, dtype=torch.float64) + 3, torch.randint(0, 5, (16,))
 
 
-def learned(g, **compile_options):
-    net = SyncBatchNorm.convert_sync_batchnorm(network(), g.group)
-    if compile_options:
-        net = torch.compile(net, **compile_options)
-    net = torch.nn.parallel.DistributedDataParallel(net, process_group=g.group)
+def synced(g):
+    return SyncBatchNorm.convert_sync_batchnorm(network(), g.group)
+
+
+def learned(g):
+    net = torch.nn.parallel.DistributedDataParallel(synced(g), process_group=g.group)
     x, labels = images()
     sizes = {2: (11, 5), 4: (7, 1, 5, 3)}[g.size]
     part = x.split(sizes)[g.rank], labels.split(sizes)[g.rank]
@@ -264,15 +264,14 @@ def learned(g, **compile_options):
 
 
 def compiled(g):
-    """A compiled network, in training, on shards of which one is empty."""
-    net = SyncBatchNorm.convert_sync_batchnorm(network(), g.group)
-    fast = torch.compile(copy.deepcopy(net), backend="eager") if g.group is None else net
+    """y, gradients and buffers of a network and of the same compiled, with an empty shard."""
     x = images()[0].split({2: (16, 0), 4: (0, 9, 7, 0)}[g.size])[g.rank]
     results = []
-    for model in (net, fast):
+    for net in (synced(g), synced(g)):
+        model = torch.compile(net, backend="eager") if results else net
         y = model(x)
-        y.sum().backward()
-        results.append((y.detach(), model[0].weight.grad if model is net else None))
+        (y * y).sum().backward()
+        results.append([y.detach(), *[p.grad for p in net.parameters()], *net.buffers()])
     return results
 
 
