@@ -30,7 +30,7 @@ CASES = {
     "channels last float32": {"shape": (16, 3, 5, 6), "order": "last", "dtype": "float32"},
     "gaps": {"shape": (9, 3, 5, 6), "order": "gaps"},
     "gradients in another order": {"shape": (9, 3, 5, 6), "order": "mixed"},
-    "mean 1e6": {"shape": (37, 6), "kind": "offset 1e6"},
+    "mean 1e6": {"shape": (37, 6), "kind": "offset 1e6", "options": {"momentum": 1.0}},
     "mean 1e6, float32": {"shape": (37, 6), "kind": "offset 1e6", "dtype": "float32"},
     "constant": {"shape": (9, 3), "kind": "constant", "eps": 0.0},
     "empty shards": {"shape": (5, 3, 4), "sizes": {2: (0, 5), 4: (0, 2, 0, 3)}},
