@@ -241,8 +241,8 @@ class SyncBatchNorm(_BatchNorm):
         --------
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-        >>> SyncBatchNorm.convert_sync_batchnorm(net)[1]
-        SyncBatchNorm(2, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+        >>> [type(layer).__name__ for layer in SyncBatchNorm.convert_sync_batchnorm(net)]
+        ['Linear', 'SyncBatchNorm']
         """
         return cls._converted(module, process_group, {})
 
