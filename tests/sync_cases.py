@@ -77,7 +77,10 @@ def layer(kind, case, **more):
     """A layer of that kind with the case's options and parameters."""
     dtype = getattr(torch, case.get("dtype", "float64"))
     options = {"eps": case.get("eps", 1e-5), **case.get("options", {}), **more}
+    bias = kind is SyncBatchNorm or options.pop("bias", True)
     bn = kind(case["shape"][1], dtype=dtype, **options)
+    if not bias:  # an option that PyTorch's layers have not always had
+        bn.register_parameter("bias", None)
     for parameter, values in zip((bn.weight, bn.bias), parameters(case["shape"], 1)):
         if parameter is not None:
             parameter.data = torch.from_numpy(values).to(dtype)
@@ -86,14 +89,15 @@ def layer(kind, case, **more):
 
 def train(bn, x, dy):
     """What a step gives, as a dict of tensors."""
-    x = x.detach().requires_grad_()
+    x, dx = x.detach().requires_grad_(), []
+    x.register_hook(dx.append)  # as it comes: x.grad would be laid out as x
     for parameter in bn.parameters():
         parameter.grad = None
     y = bn(x)
     y.backward(dy)
     grads = {f"{name}.grad": p.grad for name, p in bn.named_parameters()}
     buffers = {name: b.clone() for name, b in bn.named_buffers()}
-    return {"y": y.detach(), "dx": x.grad, **grads, **buffers}
+    return {"y": y.detach(), "dx": dx[0], **grads, **buffers}
 
 
 def steps(bn, case, part=lambda t: t):
