@@ -22,11 +22,16 @@ def as_array(value: Any, name: str) -> Array:
         a = np.asarray(value)
     except ValueError as error:
         raise TypeError(f"{name}: expected an array of real numbers: {error}") from None
-    if a.dtype.kind not in "fiub":
-        raise TypeError(f"{name}: expected real numbers, got dtype {a.dtype}")
-    if a.dtype.kind == "f" and a.dtype.itemsize not in (4, 8):
-        raise TypeError(f"{name}: expected float32 or float64, got {a.dtype}")
+    check_dtype(a.dtype, name)
     return a
+
+
+def check_dtype(dtype: np.dtype[Any], name: str) -> None:
+    """Refuse what is not real numbers that the kernels compute with."""
+    if dtype.kind not in "fiub":
+        raise TypeError(f"{name}: expected real numbers, got dtype {dtype}")
+    if dtype.kind == "f" and dtype.itemsize not in (4, 8):
+        raise TypeError(f"{name}: expected float32 or float64, got {dtype}")
 
 
 def compute_dtype(a: Array) -> np.dtype[Any]:
