@@ -66,7 +66,7 @@ def merge(parts: list[Measured]) -> Measured:
     return total
 
 
-def finish(parts: list[Measured], nan: NanPolicy) -> Moments:
+def finish(parts: list[Measured]) -> Moments:
     """The Moments of all features, from those of neighbouring ones."""
     refuse_missing(np.concatenate([part.missing for part in parts]), "array")
     return Moments._wrap(np.concatenate([part.moments._table for part in parts], axis=1))
