@@ -99,8 +99,8 @@ def moments(
     >>> import dask.array as da, fastbn.dask
     >>> x = da.arange(1_000_000, chunks=100_000).reshape(500_000, 2)
     >>> m = fastbn.dask.moments(x)
-    >>> m.compute()
-    Moments(count=[500000. 500000.], mean=[499999. 500000.], std=[288675.13459366 288675.13459366])
+    >>> m.compute().mean
+    array([499999., 500000.])
     """
     axis = _check(array, axis)
     check_nan(nan)
@@ -220,7 +220,7 @@ def denormalize(
     >>> import dask.array as da, fastbn.dask
     >>> x = da.arange(6.0, chunks=2)
     >>> m = fastbn.dask.moments(x).compute()
-    >>> fastbn.dask.denormalize(fastbn.dask.normalize(x, m), m).compute()
+    >>> fastbn.dask.denormalize(fastbn.dask.normalize(x, m), m).compute().round(12)
     array([0., 1., 2., 3., 4., 5.])
     """
     axis = _check(array, axis)
