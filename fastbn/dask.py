@@ -331,7 +331,7 @@ def _tree(blocks: Array, axis: int, fan_in: int, name: str) -> dict[Any, Any]:
     graph: dict[Any, Any] = {}
     roots = []
     for f, parts in enumerate(by_feature):
-        keys, level = [part.key for part in parts.flat], 0
+        keys, level = [_task_of(part) for part in parts.flat], 0
         while len(keys) > 1:
             groups = [keys[i : i + fan_in] for i in range(0, len(keys), fan_in)]
             keys = [(f"merge-{name}", f, level, i) for i in range(len(groups))]
@@ -340,6 +340,21 @@ def _tree(blocks: Array, axis: int, fan_in: int, name: str) -> dict[Any, Any]:
         roots += keys
     graph[name] = (_dask_tasks.finish, roots)
     return graph
+
+
+def _task_of(block: Delayed) -> Any:
+    """The key of the task that makes a block, where the block's own is another name for it.
+
+    A later optimisation would fuse the two under a third name, and the statistics that are part
+    of `normalize`'s graph would no more be the same tasks as those computed beside it.
+    """
+    graph = block.dask
+    node = graph[block.key]
+    target = getattr(node, "target", node)  # in older versions of Dask the key itself
+    try:
+        return target if target in graph else block.key
+    except TypeError:  # a task with lists in it
+        return block.key
 
 
 def _by_block(

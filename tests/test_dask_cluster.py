@@ -39,7 +39,7 @@ def until(condition, what, seconds=100):
 """
 
 # A worker loads one block at once, and with the next it waits for a file. In the end all three
-# wait, and each has finished a block, of which nobody else has the Moments.
+# wait, and each has finished a block, of which nobody else has the Moments: a merge takes four.
 KILL = (
     CLUSTER
     + """
@@ -71,7 +71,7 @@ def gone(pid):
 if __name__ == "__main__":
     delayed = [dask.delayed(load, pure=False)(i) for i in range(12)]
     x = da.concatenate([da.from_delayed(d, (1000 + i, 5), float) for i, d in enumerate(delayed)])
-    m = fastbn.dask.moments(x, split_every=3)
+    m = fastbn.dask.moments(x, split_every=4)
     with cluster(3) as three, Client(three) as client:
         client.wait_for_workers(3, timeout=100)
         future = client.compute(m)
