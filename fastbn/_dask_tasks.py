@@ -58,6 +58,7 @@ def _aligned(
 
 
 def merge(parts: list[Measured]) -> Measured:
+    """Of blocks with the same features, in the order given."""
     total = parts[0]
     for part in parts[1:]:
         total = total.merge(part)
@@ -74,39 +75,28 @@ def finish(parts: list[Measured]) -> Moments:
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a feature is normalised with."""
+    """What features are normalised with; arrays of shape (C,)."""
 
-    stats: Moments | tuple[Array, Array]
+    mean: Array
+    var: Array
     gamma: Array | None
     beta: Array | None
-    features: int
 
-    def of(self, first: int, features: int) -> tuple[Any, Any, Any]:
-        """(stats, gamma, beta) of `features` neighbours."""
-        if features == self.features:
-            return self.stats, self.gamma, self.beta
-        these = slice(first, first + features)
-        stats: Any
-        if isinstance(self.stats, Moments):
-            stats = Moments._wrap(self.stats._table[:, these].copy())
-        else:
-            stats = tuple(a[these] for a in self.stats)
-        return (stats, *(None if a is None else a[these] for a in (self.gamma, self.beta)))
+    def of(self, first: Array | None, block: Array, axis: int) -> tuple[Any, Any, Any]:
+        """(stats, gamma, beta) of a block's features, of which `first` is the first in all."""
+        start = 0 if first is None else int(first[0])
+        these = slice(start, start + features_of(block, axis))
+        gamma, beta = (None if a is None else a[these] for a in (self.gamma, self.beta))
+        return (self.mean[these], self.var[these]), gamma, beta
 
 
 def parameters(stats: Any, gamma: Any, beta: Any, features: int) -> Parameters:
     """Checked, and apart from arrays that the caller may write to before they are used."""
     mean, var = mean_and_var(stats, features)
-    gamma, beta = (
-        None if a is None else a.copy()
-        for a in (
-            per_feature_or_none(gamma, "gamma", features),
-            per_feature_or_none(beta, "beta", features),
-        )
-    )
-    # A Moments goes on as it is, since it knows its mean to more digits than the array of means.
-    kept = stats if isinstance(stats, Moments) else (mean.copy(), var.copy())
-    return Parameters(kept, gamma, beta, features)
+    gamma = per_feature_or_none(gamma, "gamma", features)
+    beta = per_feature_or_none(beta, "beta", features)
+    gamma, beta = (None if a is None else a.copy() for a in (gamma, beta))
+    return Parameters(mean.copy(), var.copy(), gamma, beta)
 
 
 def normalize(
@@ -118,13 +108,13 @@ def normalize(
     mask_axes: tuple[int, ...] | None,
     options: dict[str, Any],
 ) -> Array:
+    """`fastbn.normalize` of a block."""
     where = _aligned(mask, mask_axes, "where", block, axis)
-    start = 0 if first is None else int(first[0])
-    share = parameters.of(start, features_of(block, axis))
+    share = parameters.of(first, block, axis)
     with _runtime.num_threads(1):
-        if options["nan"] == "raise":
+        if options["nan"] == "raise":  # here, to name features by their number in the whole array
             m = functional.moments(block, axis=axis, where=where)
-            counts = np.zeros(parameters.features)
+            start, counts = 0 if first is None else int(first[0]), np.zeros(len(parameters.mean))
             counts[start : start + len(m.mean)] = count_nan(block, axis, m.mean, where)
             refuse_missing(counts, "array")
         return functional.normalize(block, *share, axis=axis, where=where, **options)
@@ -139,11 +129,12 @@ def denormalize(
     mask_axes: None,
     options: dict[str, Any],
 ) -> Array:
-    start = 0 if first is None else int(first[0])
-    share = parameters.of(start, features_of(block, axis))
+    """`fastbn.denormalize` of a block; it has no mask, but the arguments of `normalize`."""
+    share = parameters.of(first, block, axis)
     with _runtime.num_threads(1):
         return functional.denormalize(block, *share, axis=axis, **options)
 
 
 def sample_axes(ndim: int, axis: int) -> tuple[int, ...]:
+    """All axes but the feature axis, which a 1-D array has not."""
     return tuple(k for k in range(ndim) if k != axis or ndim == 1)

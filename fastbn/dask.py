@@ -270,9 +270,7 @@ def _by_sample(
     axes = _dask_tasks.sample_axes(array.ndim, axis)
     shape = tuple(array.shape[k] for k in axes)
     kept = [
-        (k, j)
-        for k, j in zip(axes[::-1], range(values.ndim - 1, -1, -1))
-        if values.shape[j] != 1 or array.shape[k] == 1
+        (k, j) for k, j in zip(axes[::-1], range(values.ndim - 1, -1, -1)) if values.shape[j] != 1
     ][::-1]
     if values.ndim > len(axes) or any(_differ(array.shape[k], values.shape[j]) for k, j in kept):
         raise ValueError(
