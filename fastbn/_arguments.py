@@ -88,11 +88,11 @@ def check_activation(activation: Any) -> bool:
 
 
 def per_feature(value: Any, name: str, features: int) -> Array:
-    """A float64 array of shape (features,)."""
+    """A float64 array of shape (features,), contiguous and aligned."""
     a = as_array(value, name)
     if a.shape != (features,):
         raise ValueError(f"{name}: expected shape ({features},), got {a.shape}")
-    return np.ascontiguousarray(a, FLOAT64)
+    return np.require(a, FLOAT64, ["C", "A"])
 
 
 def per_feature_or_none(value: Any, name: str, features: int) -> Array | None:

@@ -40,7 +40,7 @@ def check_samples(
         mask = _by_sample(as_mask(where), "where", a, axis, layout)
     if weights is not None:
         scale = _by_sample(as_array(weights, "weights"), "weights", a, axis, layout)
-        scale = np.ascontiguousarray(scale, np.float64)
+        scale = np.require(scale, np.float64, ["C", "A"])
         if mask is not None:
             scale = np.where(mask, scale, 0.0)
         check_weights(scale)

@@ -306,7 +306,7 @@ def _as_samples(values: Any, name: str) -> Any:
             check_dtype(values.dtype, name)
             return values
         values = as_array(values, name)
-        check_weights(np.ascontiguousarray(values, np.float64))
+        check_weights(np.require(values, np.float64, ["C", "A"]))
         return values
     if not isinstance(values, da.Array):
         return as_mask(values)
