@@ -22,11 +22,16 @@ def as_array(value: Any, name: str) -> Array:
         a = np.asarray(value)
     except ValueError as error:
         raise TypeError(f"{name}: expected an array of real numbers: {error}") from None
-    if a.dtype.kind not in "fiub":
-        raise TypeError(f"{name}: expected real numbers, got dtype {a.dtype}")
-    if a.dtype.kind == "f" and a.dtype.itemsize not in (4, 8):
-        raise TypeError(f"{name}: expected float32 or float64, got {a.dtype}")
+    check_dtype(a.dtype, name)
     return a
+
+
+def check_dtype(dtype: np.dtype[Any], name: str) -> None:
+    """Refuse what is not real numbers that the kernels compute with."""
+    if dtype.kind not in "fiub":
+        raise TypeError(f"{name}: expected real numbers, got dtype {dtype}")
+    if dtype.kind == "f" and dtype.itemsize not in (4, 8):
+        raise TypeError(f"{name}: expected float32 or float64, got {dtype}")
 
 
 def compute_dtype(a: Array) -> np.dtype[Any]:
@@ -83,11 +88,11 @@ def check_activation(activation: Any) -> bool:
 
 
 def per_feature(value: Any, name: str, features: int) -> Array:
-    """A float64 array of shape (features,)."""
+    """A float64 array of shape (features,), contiguous and aligned."""
     a = as_array(value, name)
     if a.shape != (features,):
         raise ValueError(f"{name}: expected shape ({features},), got {a.shape}")
-    return np.ascontiguousarray(a, FLOAT64)
+    return np.require(a, FLOAT64, ["C", "A"])
 
 
 def per_feature_or_none(value: Any, name: str, features: int) -> Array | None:

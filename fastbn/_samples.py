@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -34,25 +34,40 @@ def check_samples(
     a: Array, axis: int, layout: Layout, weights: Any, where: Any, nan: NanPolicy
 ) -> Samples:
     """The arguments `weights`, `where` and `nan` for a non-empty array."""
-    if not isinstance(nan, str) or nan not in ("propagate", "omit", "raise"):
-        raise ValueError(f"nan: expected 'propagate', 'omit' or 'raise', got {nan!r}")
+    check_nan(nan)
     mask = scale = None
     if where is not None:
-        mask = np.asarray(where)
-        if mask.dtype != bool or isinstance(where, np.ma.MaskedArray):
-            kind = "a masked array" if isinstance(where, np.ma.MaskedArray) else mask.dtype
-            raise TypeError(f"where: expected an array of bools, got {kind}")
-        mask = _by_sample(mask, "where", a, axis, layout)
+        mask = _by_sample(as_mask(where), "where", a, axis, layout)
     if weights is not None:
         scale = _by_sample(as_array(weights, "weights"), "weights", a, axis, layout)
-        scale = np.ascontiguousarray(scale, np.float64)
+        scale = np.require(scale, np.float64, ["C", "A"])
         if mask is not None:
             scale = np.where(mask, scale, 0.0)
-        if scale.size and not _runtime.kernels.weights_fit(scale):
-            odd = scale[~((scale >= 0) & (scale < np.inf))]
-            got = odd[0] if odd.size else f"a sum of {scale.size} that overflows"
-            raise ValueError(f"weights: expected finite numbers >= 0 and a finite sum, got {got}")
+        check_weights(scale)
     return Samples(scale, mask, nan == "omit")
+
+
+def check_nan(nan: Any) -> NanPolicy:
+    if not isinstance(nan, str) or nan not in ("propagate", "omit", "raise"):
+        raise ValueError(f"nan: expected 'propagate', 'omit' or 'raise', got {nan!r}")
+    return cast(NanPolicy, nan)
+
+
+def check_weights(scale: Array) -> None:
+    """Refuse weights, contiguous float64, that are no weights."""
+    if scale.size and not _runtime.kernels.weights_fit(scale):
+        odd = scale[~((scale >= 0) & (scale < np.inf))]
+        got = odd[0] if odd.size else f"a sum of {scale.size} that overflows"
+        raise ValueError(f"weights: expected finite numbers >= 0 and a finite sum, got {got}")
+
+
+def as_mask(where: Any) -> Array:
+    """An array of bools."""
+    mask = np.asarray(where)
+    if mask.dtype != bool or isinstance(where, np.ma.MaskedArray):
+        kind = "a masked array" if isinstance(where, np.ma.MaskedArray) else mask.dtype
+        raise TypeError(f"where: expected an array of bools, got {kind}")
+    return mask
 
 
 def _by_sample(values: Array, name: str, a: Array, axis: int, layout: Layout) -> Array:
@@ -72,18 +87,27 @@ def _by_sample(values: Array, name: str, a: Array, axis: int, layout: Layout) ->
 
 
 def refuse_nan(a: Array, axis: int, mean: Array, where: Any) -> None:
-    """A ValueError that names the features in which x has NaN; those without have a mean."""
-    suspects = np.flatnonzero(np.isnan(mean))  # inf - inf is another way to get there
-    found = []
-    for f in suspects.tolist():
+    """A ValueError that names the features in which x has NaN."""
+    refuse_missing(count_nan(a, axis, mean, where), "x")
+
+
+def count_nan(a: Array, axis: int, mean: Array, where: Any) -> Array:
+    """How many NaN the features have, shape (C,), given their means: those without have one."""
+    counts = np.zeros(len(mean))
+    for f in np.flatnonzero(np.isnan(mean)).tolist():  # inf - inf is another way to get there
         missing = np.isnan(a if a.ndim == 1 else np.take(a, f, axis))
         if where is not None:
             missing &= np.broadcast_to(where, missing.shape)
-        if missing.any():
-            found.append((f, int(missing.sum())))
+        counts[f] = missing.sum()
+    return counts
+
+
+def refuse_missing(counts: Array, name: str) -> None:
+    """A ValueError that names the features of which a number of values is NaN."""
+    found = np.flatnonzero(counts).tolist()
     if found:
-        names = ", ".join(str(f) for f, _ in found[:10]) + (", ..." if len(found) > 10 else "")
+        names = ", ".join(map(str, found[:10])) + (", ..." if len(found) > 10 else "")
         raise ValueError(
-            f"x: expected no NaN, got {sum(n for _, n in found)} in {len(found)} of {len(mean)} "
+            f"{name}: expected no NaN, got {counts.sum():.0f} in {len(found)} of {len(counts)} "
             f"features: {names}"
         )

@@ -40,16 +40,31 @@ def test_docstrings(name, tmp_path, monkeypatch):
         run(test)
 
 
+@pytest.mark.parametrize("name", ["moments", "normalize", "denormalize"])
+def test_docstrings_of_dask(name):
+    pytest.importorskip("dask.array", reason="needs the extra fastbn[dask]")
+    import fastbn.dask
+
+    function = getattr(fastbn.dask, name)
+    for test in doctest.DocTestFinder().find(function, name, globs={"__name__": "__main__"}):
+        run(test)
+
+
 def blocks(text):
     found = re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return [(m[1], text.count("\n", 0, m.start(1))) for m in found if ">>>" in m[1]]
 
 
-@pytest.mark.parametrize(
-    "page", [README, README.parent / "docs/statistics.md"], ids=lambda p: p.name
-)
-def test_pages(page, tmp_path, monkeypatch):
+PAGES = ["README.md", "docs/statistics.md", "docs/dask.md"]
+NEEDS = {"docs/dask.md": "dask.array"}  # where a page is about an extra
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages(name, tmp_path, monkeypatch):
     """The blocks of one are a session, from top to bottom."""
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name], reason="needs the extra of the page")
+    page = README.parent / name
     monkeypatch.chdir(tmp_path)
     found = blocks(page.read_text(encoding="utf-8"))
     assert found

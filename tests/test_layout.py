@@ -233,3 +233,23 @@ def test_dtypes_may_differ_between_arrays(dtype):
             dy.astype(dtype), x, tuple(a.astype(np.float64) for a in pair), *wide
         )
         assert bits(dx, dgamma, dbeta) == bits(*expected)
+
+
+def test_unaligned_parameters():
+    """As a message's bytes give them: statistics, gamma, beta and weights at any address."""
+    x = make("offset 0", (20, 4), 1, np.float64)
+    gamma, beta = parameters(x.shape, 1)
+    mean, var, weights = x.mean(0), x.var(0), np.arange(20.0)
+
+    def results(of):
+        stats = of(mean), of(var)
+        return (
+            fastbn.normalize(x, stats, of(gamma), of(beta)),
+            fastbn.denormalize(x, stats, of(gamma), of(beta)),
+            *fastbn.batch_norm_backward(x, x, stats, of(gamma), of(beta), weights=of(weights)),
+            *fastbn.batch_norm(x, of(gamma), of(beta), weights=of(weights)),
+            fastbn.moments(x, weights=of(weights)),
+        )
+
+    assert not unaligned(mean).flags.aligned
+    assert bits(*results(unaligned)) == bits(*results(np.copy))
