@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastbn._foreign import check_real, kind_of, numpy_array
 from fastbn._layout import Array
 
 FLOAT32 = np.dtype(np.float32)
@@ -15,17 +16,17 @@ FLOAT64 = np.dtype(np.float64)
 
 
 def as_array(value: Any, name: str) -> Array:
-    """A NumPy array of real numbers; no copy of one that is an array already."""
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name}: expected a plain array, got a masked array; fill it first")
-    try:
-        a = np.asarray(value)
-    except ValueError as error:
-        raise TypeError(f"{name}: expected an array of real numbers: {error}") from None
-    if a.dtype.kind not in "fiub":
-        raise TypeError(f"{name}: expected real numbers, got dtype {a.dtype}")
-    if a.dtype.kind == "f" and a.dtype.itemsize not in (4, 8):
-        raise TypeError(f"{name}: expected float32 or float64, got {a.dtype}")
+    """A NumPy array of real numbers; no copy of an array, whoever made it, that need not be."""
+    a = value if type(value) is np.ndarray else numpy_array(value, name)
+    check_real(a, value, name)
+    return a
+
+
+def as_mask(value: Any, name: str) -> Array:
+    """A NumPy array of bools, as `as_array`."""
+    a = value if type(value) is np.ndarray else numpy_array(value, name)
+    if a.dtype != bool:
+        raise TypeError(f"{name}: expected an array of bools, got {kind_of(a, value)}")
     return a
 
 
@@ -108,7 +109,8 @@ def check_out(out: Any, x: Array, dtype: np.dtype[Any]) -> Array | None:
     if out is None:
         return None
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
-        raise TypeError(f"out: expected a NumPy array, got {type(out).__name__}")
+        hint = "; the memory of a PyTorch tensor is its .numpy()" if hasattr(out, "numpy") else ""
+        raise TypeError(f"out: expected a NumPy array, got {type(out).__name__}{hint}")
     if out.dtype != dtype:
         raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}")
     if out.shape != x.shape:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from fastbn import _runtime
-from fastbn._arguments import as_array
+from fastbn._arguments import as_array, as_mask
 from fastbn._layout import Array, Layout
 
 NanPolicy = Literal["propagate", "omit", "raise"]
@@ -38,11 +38,7 @@ def check_samples(
         raise ValueError(f"nan: expected 'propagate', 'omit' or 'raise', got {nan!r}")
     mask = scale = None
     if where is not None:
-        mask = np.asarray(where)
-        if mask.dtype != bool or isinstance(where, np.ma.MaskedArray):
-            kind = "a masked array" if isinstance(where, np.ma.MaskedArray) else mask.dtype
-            raise TypeError(f"where: expected an array of bools, got {kind}")
-        mask = _by_sample(mask, "where", a, axis, layout)
+        mask = _by_sample(as_mask(where, "where"), "where", a, axis, layout)
     if weights is not None:
         scale = _by_sample(as_array(weights, "weights"), "weights", a, axis, layout)
         scale = np.ascontiguousarray(scale, np.float64)
@@ -78,7 +74,7 @@ def refuse_nan(a: Array, axis: int, mean: Array, where: Any) -> None:
     for f in suspects.tolist():
         missing = np.isnan(a if a.ndim == 1 else np.take(a, f, axis))
         if where is not None:
-            missing &= np.broadcast_to(where, missing.shape)
+            missing &= np.broadcast_to(as_mask(where, "where"), missing.shape)
         if missing.any():
             found.append((f, int(missing.sum())))
     if found:
