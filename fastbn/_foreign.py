@@ -22,7 +22,9 @@ DEVICES = {2: "CUDA", 4: "OpenCL", 7: "Vulkan", 8: "Metal", 10: "ROCm", 14: "one
 
 def is_array(value: Any) -> bool:
     """Whether a value is one array (or table), whoever made it."""
-    return any(hasattr(value, protocol) for protocol in (*ARRAY, "__dlpack__"))
+    return isinstance(value, memoryview) or any(
+        hasattr(value, protocol) for protocol in (*ARRAY, "__dlpack__")
+    )
 
 
 def numpy_array(value: Any, name: str) -> Array:
@@ -90,20 +92,20 @@ def _converted(value: Any, name: str) -> Array:
         if hasattr(value, "__dlpack__") and not any(hasattr(value, p) for p in ARRAY):
             return np.from_dlpack(value)
         a: Array = np.asanyarray(value)
-        if a.dtype == object and getattr(dtype, "kind", "O") in "iuf":
+        if a.dtype == object and hasattr(dtype, "numpy_dtype") and dtype.kind in "iuf":
             # pandas before 3, of its nullable dtypes: the missing values are NaN.
             as_float = dtype.numpy_dtype if dtype.kind == "f" else np.dtype(np.float64)
             a = value.to_numpy(as_float, na_value=np.nan)
     except MemoryError:
         raise
     except Exception as error:
+        expected = f"{name}: expected an array of real numbers, got {_described(value)}"
         if getattr(value, "requires_grad", False):
-            what = "one that requires grad; give its .detach(), or use fastbn.torch for gradients"
+            expected += " that requires grad"
+            what = "give its .detach(), or use fastbn.torch, which has gradients"
         else:
             what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TypeError(
-            f"{name}: expected an array of real numbers, got a {_described(value)}: {what}"
-        ) from error
+        raise TypeError(f"{expected}: {what}") from error
     if a.dtype == np.float32 and hasattr(dtype, "is_integer") and dtype.is_integer():
         a = a.astype(np.float64)  # polars, of short integers with nulls; integers become float64
     return a
@@ -156,9 +158,9 @@ def _side_by_side(table: _Table, name: str) -> Array:
     if len(types) == 1:
         label, values, _ = table.columns[0]
         return column(label, values)[:, np.newaxis]
-    dtype = np.result_type(*types) if types else np.dtype(np.float64)
-    if dtype.kind in "iu":
-        dtype = np.dtype(np.float64)
+    dtype = np.dtype(np.float64)
+    if types and all(t == types[0] and t in (np.float32, bool) for t in types):
+        dtype = types[0]
     a = np.empty((table.rows, len(types)), dtype, order="F")
     for k, (label, values, _) in enumerate(table.columns):
         a[:, k] = column(label, values)

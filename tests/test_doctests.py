@@ -45,11 +45,20 @@ def blocks(text):
     return [(m[1], text.count("\n", 0, m.start(1))) for m in found if ">>>" in m[1]]
 
 
-@pytest.mark.parametrize(
-    "page", [README, README.parent / "docs/statistics.md"], ids=lambda p: p.name
-)
-def test_pages(page, tmp_path, monkeypatch):
+# And what they need beside NumPy.
+PAGES = {
+    "README.md": (),
+    "docs/statistics.md": (),
+    "docs/arrays.md": ("pandas", "polars", "pyarrow"),
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages(name, tmp_path, monkeypatch):
     """The blocks of one are a session, from top to bottom."""
+    for library in PAGES[name]:
+        pytest.importorskip(library, reason="needs the extra fastbn[test]")
+    page = README.parent / name
     monkeypatch.chdir(tmp_path)
     found = blocks(page.read_text(encoding="utf-8"))
     assert found
