@@ -179,7 +179,8 @@ def test_columns_of_several_dtypes():
     expected = {
         ("float32", "float64"): "float64", ("int64", "float32"): "float64",
         ("bool", "float32"): "float64", ("bool", "uint8"): "float64", ("int16", "bool"): "float64",
-        ("uint64", "int64"): "float64", ("int8", "int8"): "float64", ("int8", "float32"): "float64", ("bool", "bool"): "bool",
+        ("uint64", "int64"): "float64", ("int8", "int8"): "float64", ("int8", "float32"): "float64",
+        ("bool", "bool"): "bool",
     }  # fmt: skip
     for dtypes, dtype in expected.items():
         made = {f"c{k}": np.array([1, 0, 1]).astype(d) for k, d in enumerate(dtypes)}
