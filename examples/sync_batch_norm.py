@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fastbn._torch_sync import SyncBatchNorm
+from fastbn.torch import SyncBatchNorm
 
 SIZES = [5, 3]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastbn._foreign import check_dtype, kind_of, numpy_array
 from fastbn._layout import Array
 
 FLOAT32 = np.dtype(np.float32)
@@ -15,23 +16,18 @@ FLOAT64 = np.dtype(np.float64)
 
 
 def as_array(value: Any, name: str) -> Array:
-    """A NumPy array of real numbers; no copy of one that is an array already."""
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name}: expected a plain array, got a masked array; fill it first")
-    try:
-        a = np.asarray(value)
-    except ValueError as error:
-        raise TypeError(f"{name}: expected an array of real numbers: {error}") from None
-    check_dtype(a.dtype, name)
+    """A NumPy array of real numbers; no copy of an array, whoever made it, that need not be."""
+    a = value if type(value) is np.ndarray else numpy_array(value, name)
+    check_dtype(a.dtype, name, value)
     return a
 
 
-def check_dtype(dtype: np.dtype[Any], name: str) -> None:
-    """Refuse what is not real numbers that the kernels compute with."""
-    if dtype.kind not in "fiub":
-        raise TypeError(f"{name}: expected real numbers, got dtype {dtype}")
-    if dtype.kind == "f" and dtype.itemsize not in (4, 8):
-        raise TypeError(f"{name}: expected float32 or float64, got {dtype}")
+def as_mask(value: Any, name: str) -> Array:
+    """A NumPy array of bools, as `as_array`."""
+    a = value if type(value) is np.ndarray else numpy_array(value, name)
+    if a.dtype != bool:
+        raise TypeError(f"{name}: expected an array of bools, got {kind_of(a.dtype, value)}")
+    return a
 
 
 def compute_dtype(a: Array) -> np.dtype[Any]:
@@ -113,7 +109,8 @@ def check_out(out: Any, x: Array, dtype: np.dtype[Any]) -> Array | None:
     if out is None:
         return None
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
-        raise TypeError(f"out: expected a NumPy array, got {type(out).__name__}")
+        hint = "; the memory of a PyTorch tensor is its .numpy()" if hasattr(out, "numpy") else ""
+        raise TypeError(f"out: expected a NumPy array, got {type(out).__name__}{hint}")
     if out.dtype != dtype:
         raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}")
     if out.shape != x.shape:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 
 from fastbn import _runtime
-from fastbn._arguments import as_array
+from fastbn._arguments import as_array, as_mask
 from fastbn._layout import Array, Layout
 
 NanPolicy = Literal["propagate", "omit", "raise"]
@@ -37,7 +37,7 @@ def check_samples(
     check_nan(nan)
     mask = scale = None
     if where is not None:
-        mask = _by_sample(as_mask(where), "where", a, axis, layout)
+        mask = _by_sample(as_mask(where, "where"), "where", a, axis, layout)
     if weights is not None:
         scale = _by_sample(as_array(weights, "weights"), "weights", a, axis, layout)
         scale = np.require(scale, np.float64, ["C", "A"])
@@ -59,15 +59,6 @@ def check_weights(scale: Array) -> None:
         odd = scale[~((scale >= 0) & (scale < np.inf))]
         got = odd[0] if odd.size else f"a sum of {scale.size} that overflows"
         raise ValueError(f"weights: expected finite numbers >= 0 and a finite sum, got {got}")
-
-
-def as_mask(where: Any) -> Array:
-    """An array of bools."""
-    mask = np.asarray(where)
-    if mask.dtype != bool or isinstance(where, np.ma.MaskedArray):
-        kind = "a masked array" if isinstance(where, np.ma.MaskedArray) else mask.dtype
-        raise TypeError(f"where: expected an array of bools, got {kind}")
-    return mask
 
 
 def _by_sample(values: Array, name: str, a: Array, axis: int, layout: Layout) -> Array:
@@ -97,7 +88,7 @@ def count_nan(a: Array, axis: int, mean: Array, where: Any) -> Array:
     for f in np.flatnonzero(np.isnan(mean)).tolist():  # inf - inf is another way to get there
         missing = np.isnan(a if a.ndim == 1 else np.take(a, f, axis))
         if where is not None:
-            missing &= np.broadcast_to(where, missing.shape)
+            missing &= np.broadcast_to(as_mask(where, "where"), missing.shape)
         counts[f] = missing.sum()
     return counts
 

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastbn._layout import Array
+from fastbn._torch_ops import limited
 from fastbn.functional import batch_norm_backward, moments, normalize
 from fastbn.statistics import Moments
 
@@ -113,7 +114,7 @@ class SyncBatchNorm(_BatchNorm):
             stats, exchange = self._gathered(input, group)
             group = group if exchange else None
         elif from_data:
-            stats = moments(self._checked(input), axis=1)
+            stats = limited(moments, self._checked(input), axis=1)
         else:
             self._checked(input)
             # Copies: the buffers may have changed by the time of the backward.
@@ -164,7 +165,7 @@ class SyncBatchNorm(_BatchNorm):
         """
         local, refusal = None, None
         try:
-            local = moments(self._checked(input), axis=1)
+            local = limited(moments, self._checked(input), axis=1)
         except Exception as error:
             refusal = error
         features = self.num_features
@@ -198,16 +199,15 @@ class SyncBatchNorm(_BatchNorm):
     def _update(self, batch: Moments) -> None:
         """The running statistics after the batch: PyTorch's formula, in float64.
 
-        As there, an empty batch counts among the batches and changes nothing else, and what is
-        not finite is taken.
+        What is not finite is taken, as there. An empty batch changes nothing.
         """
+        if not batch.count.any():
+            return
         factor = self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if factor is None:
                 factor = 1.0 / float(self.num_batches_tracked)
-        if not batch.count.any():
-            return
         factor = 0.0 if factor is None else factor
         for running, value in (
             (self.running_mean, batch.mean),
@@ -302,7 +302,7 @@ class _Normalize(torch.autograd.Function):
         ctx.stats, ctx.eps, ctx.group = stats, eps, group
         y = torch.empty_like(x)
         gamma, beta = _doubles(weight), _doubles(bias)
-        normalize(_array(x), stats, gamma, beta, axis=1, eps=eps, out=y.numpy())
+        limited(normalize, _array(x), stats, gamma, beta, axis=1, eps=eps, out=y.numpy())
         return y
 
     @staticmethod
@@ -313,7 +313,8 @@ class _Normalize(torch.autograd.Function):
         gamma, a = _doubles(weight), _array(x)
         dx = torch.empty_like(x)
         out = dx.numpy()
-        _, dgamma, dbeta = batch_norm_backward(
+        _, dgamma, dbeta = limited(
+            batch_norm_backward,
             _array(dy),
             a,
             ctx.stats,
@@ -362,7 +363,7 @@ def _through_statistics(
             1.0 if gamma is None else gamma, std, where=std != 0, out=np.zeros_like(std)
         )
         scale, shift = -slope * total_gamma / stats.count, -slope * total_beta / stats.count
-    normalize(x, stats, scale, shift, axis=1, eps=eps, out=dx, residual=dx)
+    limited(normalize, x, stats, scale, shift, axis=1, eps=eps, out=dx, residual=dx)
 
 
 def _all_gather(message: Array, group: Any) -> Array:

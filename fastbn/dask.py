@@ -26,15 +26,16 @@ import numpy as np
 from fastbn import _dask_tasks
 from fastbn._arguments import (
     as_array,
+    as_mask,
     check_activation,
     check_axis,
-    check_dtype,
     check_eps,
     compute_dtype,
     features_of,
 )
+from fastbn._foreign import check_dtype
 from fastbn._layout import Array
-from fastbn._samples import NanPolicy, as_mask, check_nan, check_weights
+from fastbn._samples import NanPolicy, check_nan, check_weights
 from fastbn.functional import Activation
 
 try:
@@ -309,7 +310,7 @@ def _as_samples(values: Any, name: str) -> Any:
         check_weights(np.require(values, np.float64, ["C", "A"]))
         return values
     if not isinstance(values, da.Array):
-        return as_mask(values)
+        return as_mask(values, "where")
     if values.dtype != bool:
         raise TypeError(f"{name}: expected an array of bools, got {values.dtype}")
     return values

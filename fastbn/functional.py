@@ -41,7 +41,8 @@ def moments(
     Parameters
     ----------
     x : array_like of float32, float64, integers or bools, any number of dimensions
-        A 1-D array is N samples of one feature.
+        A 1-D array is N samples of one feature. Arrays and tables of other libraries are read too,
+        without a copy where their memory allows (docs/arrays.md); so are the other arguments.
     axis : int, default 1
         The feature axis; every other axis is averaged over.
     weights : array_like of numbers >= 0, optional
@@ -119,7 +120,7 @@ def normalize(
 
     Parameters
     ----------
-    x : array_like of float32, float64, integers or bools, any number of dimensions
+    x : array_like, as in `moments`
     stats : Moments, RunningMoments or (mean, var)
         Population statistics, shape (C,).
     gamma, beta : array_like of shape (C,), optional
@@ -131,7 +132,7 @@ def normalize(
     out : ndarray, optional
         Receives y: x's shape, y's dtype. May be x.
     activation : {None, "relu"}
-    residual : array of x's shape and y's dtype, optional
+    residual : array_like of x's shape and y's dtype, optional
         Added before the activation.
     where, nan
         As in `moments`: y is 0 where the mask is False or, with ``nan="omit"``, x is NaN.

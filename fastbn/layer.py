@@ -10,6 +10,7 @@ import numpy as np
 
 from fastbn._arguments import (
     as_array,
+    as_mask,
     check_activation,
     check_axis,
     check_eps,
@@ -22,6 +23,7 @@ from fastbn._arguments import (
 )
 from fastbn._checked import Stats
 from fastbn._conventions import BATCHES, CONVENTIONS, Convention
+from fastbn._foreign import is_array
 from fastbn._layout import Array
 from fastbn._samples import NanPolicy
 from fastbn.functional import (
@@ -180,6 +182,9 @@ class BatchNorm:
             )
         if residual is not None:
             residual = check_like(residual, "residual", a, compute_dtype(a))
+        # As arrays, so that it is seen below if `out` lies in their memory.
+        weights = None if weights is None else as_array(weights, "weights")
+        where = None if where is None else as_mask(where, "where")
         fused = {"activation": activation, "residual": residual}
         mask: dict[str, Any] = {"where": where, "nan": nan}
         samples = {"weights": weights, **mask}
@@ -196,8 +201,7 @@ class BatchNorm:
             mask |= {"axis": self.axis, "eps": self.eps, "out": out}
             y = normalize(a, stats, self.gamma, self.beta, **fused, **mask)
         if out is not None and any(
-            isinstance(b, np.ndarray) and np.may_share_memory(out, b)
-            for b in (a, residual, weights, where)
+            b is not None and np.may_share_memory(out, b) for b in (a, residual, weights, where)
         ):
             self._saved = None
         else:
@@ -275,7 +279,7 @@ class BatchNorm:
         >>> bn.running.mean, bn.running.var, bn.num_batches_tracked
         (array([3.]), array([2.5]), 2)
         """
-        if isinstance(batches, np.ndarray) or not isinstance(batches, Iterable):
+        if is_array(batches) or not isinstance(batches, Iterable):
             kind = type(batches).__name__
             raise TypeError(f"batches: expected an iterable of arrays, got {kind}")
         ddof, nonfinite = self.running.ddof, self.running.nonfinite

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fastbn import _runtime
-from fastbn._arguments import per_feature
+from fastbn._arguments import as_array, per_feature
 from fastbn._files import Path, path_of, read_npz, write_npz
 from fastbn._layout import Array
 
@@ -58,9 +58,10 @@ class Moments:
     _table: Array  # (4, C): count, mean, m2, the mean's low-order part; read-only
 
     def __init__(self, count: Any, mean: Any, m2: Any, names: Iterable[str] | None = None) -> None:
-        features = np.shape(mean)[0] if np.ndim(mean) == 1 else -1
-        if features < 0:
-            raise ValueError(f"mean: expected shape (C,), got {np.shape(mean)}")
+        mean = as_array(mean, "mean")
+        if mean.ndim != 1:
+            raise ValueError(f"mean: expected shape (C,), got {mean.shape}")
+        features = len(mean)
         table = np.zeros((4, features))
         for row, (name, value) in enumerate((("count", count), ("mean", mean), ("m2", m2))):
             table[row] = per_feature(value, name, features)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from helpers import make, parameters
 
-from fastbn._torch_sync import SyncBatchNorm
+from fastbn.torch import SyncBatchNorm
 
 STEPS = 2
 WAIT = timedelta(seconds=30)

@@ -55,15 +55,20 @@ def blocks(text):
     return [(m[1], text.count("\n", 0, m.start(1))) for m in found if ">>>" in m[1]]
 
 
-PAGES = ["README.md", "docs/statistics.md", "docs/dask.md"]
-NEEDS = {"docs/dask.md": "dask.array"}  # where a page is about an extra
+# And what they need beside NumPy.
+PAGES = {
+    "README.md": (),
+    "docs/statistics.md": (),
+    "docs/arrays.md": ("pandas", "polars", "pyarrow"),
+    "docs/dask.md": ("dask.array",),
+}
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_pages(name, tmp_path, monkeypatch):
     """The blocks of one are a session, from top to bottom."""
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name], reason="needs the extra of the page")
+    for library in PAGES[name]:
+        pytest.importorskip(library, reason="needs the extra fastbn[test]")
     page = README.parent / name
     monkeypatch.chdir(tmp_path)
     found = blocks(page.read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ import sync_cases  # noqa: E402
 from sync_cases import CASES, data, layer, train  # noqa: E402
 from sync_expected import FOR_PYTORCH, PYTORCHS, Exact, assert_close, one_process  # noqa: E402
 
-from fastbn._torch_sync import SyncBatchNorm  # noqa: E402
+from fastbn.torch import SyncBatchNorm  # noqa: E402
 
 HERE = Path(__file__).parent
 WORLDS = [2, 4]

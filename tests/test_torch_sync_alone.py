@@ -19,7 +19,7 @@ from sync_cases import CASES, data, layer, train  # noqa: E402
 from sync_expected import FOR_PYTORCH, Exact, assert_close, one_process  # noqa: E402
 
 import fastbn._torch_sync  # noqa: E402
-from fastbn._torch_sync import SyncBatchNorm  # noqa: E402
+from fastbn.torch import SyncBatchNorm  # noqa: E402
 
 
 @pytest.mark.parametrize("name", CASES)
