@@ -34,12 +34,12 @@ def batch_norm(
         torch.compiler.is_compiling()
         or type(input) is not Tensor  # a fake tensor, or another's
         or input.device.type == "meta"
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()  # torch.jit.trace would take results for constants
     ):
         if not training:
             return _normalize(input, running_mean, running_var, weight, bias, eps)
         y, mean, var = _batch_norm(input, weight, bias, eps)
-        if running_mean is not None and input.numel():
+        if running_mean is not None and running_var is not None and input.numel():
             n = input.numel() // input.shape[1]
             for running, new in ((running_mean, mean), (running_var, var * (n / (n - 1)))):
                 running.copy_((1 - momentum) * running.double() + momentum * new)
@@ -80,7 +80,7 @@ def _forward(
         limited(fastbn.normalize, arrays[0], running, *arrays[1:], eps=eps, out=y.numpy())
         return y, running
     _, m = limited(fastbn.batch_norm, *arrays, eps=eps, out=y.numpy())
-    if running_mean is not None and x.numel():
+    if running_mean is not None and running_var is not None and x.numel():
         for old, new in zip(running, (m.mean, m.variance(1))):
             old[...] = (1 - momentum) * old + momentum * new
         # They were written to behind autograd's back, which may have saved them in evaluation.
@@ -89,7 +89,7 @@ def _forward(
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Stats, training: bool, eps: float
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Any, training: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, and dgamma and dbeta in the weight's dtype."""
     dx = torch.empty_like(x)
@@ -105,7 +105,7 @@ def _backward(
 
 
 def _double_backward(
-    grads: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, ...],
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -213,9 +213,8 @@ class _BatchNormBackward(torch.autograd.Function):
         if ctx is not None:
             ctx.save_for_backward(dy, x, weight)
             ctx.frozen, ctx.eps = frozen, eps
-        if frozen is None:
-            return _backward(dy, x, weight, stats, True, eps)
-        return _backward(dy, x, weight, (_array(frozen[0]), _array(frozen[1])), False, eps)
+        given = stats if frozen is None else (_array(frozen[0]), _array(frozen[1]))
+        return _backward(dy, x, weight, given, frozen is None, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -311,7 +310,7 @@ def _register() -> None:
         ctx.mark_non_differentiable(*output[1:])
 
     def save_normalize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        save(ctx, *inputs[:3], inputs[3:])
+        save(ctx, inputs[0], inputs[1], inputs[2], inputs[3:])
 
     def gradients(ctx: Any, dy: Tensor, training: bool) -> tuple[Tensor | None, ...]:
         x, mean, var, weight = ctx.saved_tensors

@@ -199,15 +199,16 @@ class SyncBatchNorm(_BatchNorm):
     def _update(self, batch: Moments) -> None:
         """The running statistics after the batch: PyTorch's formula, in float64.
 
-        What is not finite is taken, as there. An empty batch changes nothing.
+        As there, an empty batch counts among the batches and changes nothing else, and what is
+        not finite is taken.
         """
-        if not batch.count.any():
-            return
         factor = self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if factor is None:
                 factor = 1.0 / float(self.num_batches_tracked)
+        if not batch.count.any():
+            return
         factor = 0.0 if factor is None else factor
         for running, value in (
             (self.running_mean, batch.mean),

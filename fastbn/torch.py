@@ -40,7 +40,7 @@ def batch_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`, computed by fastbn: same arguments, same meaning.
@@ -96,7 +96,7 @@ def batch_norm(
         return y.to(input.dtype)
     arguments = input, running_mean, running_var, weight, bias, training, momentum, eps
     if torch._C._are_functorch_transforms_active():  # torch.func knows no operators of others
-        return nn.functional.batch_norm(*arguments)
+        return nn.functional.batch_norm(*arguments)  # type: ignore[arg-type]
     return _torch_ops.batch_norm(*arguments)
 
 
@@ -148,13 +148,11 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         update = self.training and self.track_running_stats
         if self.training and not update:
             mean = var = None
-        momentum = self.momentum
-        if momentum is None:  # the average of all batches so far
-            momentum = 0.0
-            if update and batches is not None:
-                momentum = 1.0 / (batches + 1).double()
-                if not torch.compiler.is_compiling():
-                    momentum = float(momentum)
+        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
+        if self.momentum is None and update and batches is not None:
+            momentum = 1.0 / (batches + 1).double()  # the average of all batches so far
+            if not torch.compiler.is_compiling():
+                momentum = float(momentum)
         y = batch_norm(
             input,
             mean,
@@ -165,7 +163,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             momentum,
             self.eps,
         )
-        if update and batches is not None and input.numel():
+        if update and batches is not None:
             batches.add_(1)
         return y
 
