@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 import fastbn
 from fastbn._layout import Array
@@ -34,18 +37,22 @@ def batch_norm(
         torch.compiler.is_compiling()
         or type(input) is not Tensor  # a fake tensor, or another's
         or input.device.type == "meta"
-        or torch._C._is_tracing()  # torch.jit.trace would take results for constants
+        or is_tracing()  # which would take results for constants
+        or torch._C._len_torch_dispatch_stack()  # neither does anybody who listens see NumPy
     ):
         if not training:
             return _normalize(input, running_mean, running_var, weight, bias, eps)
         y, mean, var = _batch_norm(input, weight, bias, eps)
-        if running_mean is not None and running_var is not None and input.numel():
+        seen = is_tracing() or input.numel()
+        if running_mean is not None and running_var is not None and seen:
             n = input.numel() // input.shape[1]
             for running, new in ((running_mean, mean), (running_var, var * (n / (n - 1)))):
                 running.copy_((1 - momentum) * running.double() + momentum * new)
         return y
-    arguments = input, running_mean, running_var, weight, bias, training, momentum, eps
-    return _BatchNorm.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)[0]
+    arguments = input, running_mean, running_var, weight, bias, training, float(momentum), eps
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # which the function refuses
+        return _BatchNorm.apply(*arguments)
+    return _forward(*arguments)[0]
 
 
 def _array(t: Tensor | None) -> Any:
@@ -81,10 +88,12 @@ def _forward(
         return y, running
     _, m = limited(fastbn.batch_norm, *arrays, eps=eps, out=y.numpy())
     if running_mean is not None and running_var is not None and x.numel():
-        for old, new in zip(running, (m.mean, m.variance(1))):
-            old[...] = (1 - momentum) * old + momentum * new
+        with np.errstate(all="ignore"):  # float32 may overflow, as PyTorch's do
+            for old, new in zip(running, (m.mean, m.variance(1))):
+                old[...] = np.multiply(old, 1 - momentum, dtype=np.float64) + momentum * new
         # They were written to behind autograd's back, which may have saved them in evaluation.
-        torch.autograd.graph.increment_version((running_mean, running_var))
+        torch.autograd.graph.increment_version(running_mean)
+        torch.autograd.graph.increment_version(running_var)
     return y, m
 
 
@@ -137,7 +146,7 @@ def _double_backward(
         var, center = torch.var_mean(x.double(), dims, correction=0, keepdim=True)
     else:
         center, var = (spread(t) for t in frozen)
-    s = torch.where(var + eps > 0, var + eps, torch.inf).rsqrt()
+    s = torch.where(var + eps == 0, torch.inf, var + eps).rsqrt()
     xhat = (x.double() - center) * s
     pu = project(u)
     pug = s * mean(pu * g)
@@ -211,15 +220,16 @@ class _BatchNormBackward(torch.autograd.Function):
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if ctx is not None:
-            ctx.save_for_backward(dy, x, weight)
-            ctx.frozen, ctx.eps = frozen, eps
+            ctx.save_for_backward(dy, x, weight, *(frozen or ()))
+            ctx.eps = eps
         given = stats if frozen is None else (_array(frozen[0]), _array(frozen[1]))
         return _backward(dy, x, weight, given, frozen is None, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dy, x, weight = ctx.saved_tensors
-        return *_double_backward(grads, dy, x, weight, ctx.frozen, ctx.eps), None, None, None
+        dy, x, weight, *frozen = ctx.saved_tensors
+        ddy, dx, dgamma = _double_backward(grads, dy, x, weight, tuple(frozen) or None, ctx.eps)
+        return ddy, dx, dgamma, None, None, None
 
 
 # The same for PyTorch's compiler, exporter and function transforms, which see no further than

@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
     raise ImportError("fastbn.torch needs PyTorch: pip install 'fastbn[torch]'") from error
 
 from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from fastbn import _torch_ops
 
@@ -30,6 +31,7 @@ __all__ = [
     "revert",
 ]
 
+FLOATS = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -48,14 +50,15 @@ def batch_norm(
     Parameters
     ----------
     input : Tensor, shape (N, C, ...), on the CPU
-        float32 or float64, of any memory order; float16 and bfloat16 are computed in float32.
+        float32 or float64, of any memory order; float16 and bfloat16, which the other tensors may
+        have then as well, are computed in float32.
     running_mean, running_var : Tensor of shape (C,) or None
         What to normalise with; updated in place where `training`, the variance unbiased.
     weight, bias : Tensor of shape (C,) or None
         gamma and beta; None is 1 and 0.
     training : bool
         Whether to normalise with the statistics of `input`.
-    momentum : float
+    momentum : float, or a tensor of one
         Weight of the new batch in the running statistics.
     eps : float
         Added to the variance.
@@ -90,14 +93,22 @@ def batch_norm(
     """
     _check(input, running_mean, running_var, weight, bias, training)
     if input.dtype in HALVES:
+        mean, var = _widen(running_mean), _widen(running_var)
         y = batch_norm(
-            input.float(), running_mean, running_var, weight, bias, training, momentum, eps
+            input.float(), mean, var, _widen(weight), _widen(bias), training, momentum, eps
         )
+        for old, new in ((running_mean, mean), (running_var, var)):
+            if training and old is not new and old is not None and new is not None:
+                old.copy_(new)
         return y.to(input.dtype)
     arguments = input, running_mean, running_var, weight, bias, training, momentum, eps
     if torch._C._are_functorch_transforms_active():  # torch.func knows no operators of others
         return nn.functional.batch_norm(*arguments)  # type: ignore[arg-type]
     return _torch_ops.batch_norm(*arguments)
+
+
+def _widen(t: Tensor | None) -> Tensor | None:
+    return t.float() if t is not None and t.dtype in HALVES else t
 
 
 def _check(
@@ -115,10 +126,12 @@ def _check(
             f"input: expected a dense tensor on the CPU, got {input.layout} on {input.device}; "
             "fastbn.torch.revert(model) gives PyTorch's layers back"
         )
-    if input.dtype not in (torch.float32, torch.float64, *HALVES):
+    if input.dtype not in FLOATS and input.dtype not in HALVES:
         raise TypeError(f"input: expected float32 or float64, got {input.dtype}")
     if input.dim() < 2:
         raise ValueError(f"input: expected at least 2 dimensions, got shape {tuple(input.shape)}")
+    if is_tracing():  # sizes are tensors then, and none of them may become a constant
+        return
     features = input.shape[1]
     for name, value in (
         ("running_mean", running_mean),
@@ -126,10 +139,19 @@ def _check(
         ("weight", weight),
         ("bias", bias),
     ):
-        if value is not None and value.shape != (features,):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor or None, got {type(value).__name__}")
+        if value.dtype not in FLOATS and not (value.dtype in HALVES and input.dtype in HALVES):
+            raise TypeError(f"{name}: expected float32 or float64, got {value.dtype}")
+        if value.shape != (features,):
             raise ValueError(f"{name}: expected shape ({features},), got {tuple(value.shape)}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean, running_var: expected both or neither")
+    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: there is no gradient, expected a tensor without")
     if running_mean is None and not training:
         raise ValueError("running_mean: expected a tensor where training=False, got None")
     if training and input.numel() == features:
@@ -151,8 +173,6 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.momentum is None and update and batches is not None:
             momentum = 1.0 / (batches + 1).double()  # the average of all batches so far
-            if not torch.compiler.is_compiling():
-                momentum = float(momentum)
         y = batch_norm(
             input,
             mean,
