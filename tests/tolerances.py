@@ -48,3 +48,5 @@ MERGE = 1e-12
 # rounding more; 1.3 was the most in float32), and what merged statistics add: a rounding of the
 # mean and some of m2, in epsilons of float64 of the element's size, times 1 + |mean| / std.
 STATISTICS_SYNC = 4
+# PyTorch in float32, relative to the largest value: its sums over a batch are in float32.
+TORCH_FLOAT32 = 2e-6
