@@ -194,12 +194,13 @@ def test_nothing_is_copied(grad, order, monkeypatch):
 
 def test_no_more_threads_than_pytorch(monkeypatch):
     x, dy = randn(20_000, 16, dtype=torch.float32), randn(20_000, 16, dtype=torch.float32, seed=1)
-    used = []
-    for name in ("batch_norm", "normalize", "batch_norm_backward"):
+    used, names = [], ("batch_norm", "normalize", "batch_norm_backward")
+    functions = {name: getattr(fastbn, name) for name in names}
+    for name in names:
 
-        def call(*args, function=getattr(fastbn, name), **kwargs):
+        def call(*args, _name=name, **kwargs):
             used.append(_runtime.get_num_threads())
-            return function(*args, **kwargs)
+            return functions[_name](*args, **kwargs)
 
         monkeypatch.setattr(fastbn, name, call)
     before, results = torch.get_num_threads(), []
