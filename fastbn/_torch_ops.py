@@ -46,7 +46,7 @@ def batch_norm(
         seen = is_tracing() or input.numel()
         if running_mean is not None and running_var is not None and seen:
             n = input.numel() // input.shape[1]
-            for running, new in ((running_mean, mean), (running_var, var * (n / (n - 1)))):
+            for running, new in ((running_mean, mean), (running_var, var * n / (n - 1))):
                 running.copy_((1 - momentum) * running.double() + momentum * new)
         return y
     arguments = input, running_mean, running_var, weight, bias, training, float(momentum), eps
