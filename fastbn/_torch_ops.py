@@ -50,7 +50,9 @@ def batch_norm(
 
 def _array(t: Tensor | None) -> Any:
     """The tensor's memory as a NumPy array; a kernel's arguments have no graph."""
-    return None if t is None else t.detach().numpy()
+    if t is None:
+        return None
+    return t.detach().numpy() if t.requires_grad else t.numpy()
 
 
 def limited(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,8 +83,9 @@ def _forward(
         return y, running
     _, m = limited(fastbn.batch_norm, *arrays, eps=eps, out=y.numpy())
     if running_mean is not None and running_var is not None and x.numel():
-        for old, new in zip(running, (m.mean, m.variance(1))):
-            old[...] = (1 - momentum) * old + momentum * new
+        unbiased = momentum / (x.numel() / x.shape[1] - 1)
+        for old, new, part in zip(running, (m.mean, m.m2), (momentum, unbiased)):
+            old[...] = (1 - momentum) * old + part * new  # in float64, rounded once
         # They were written to behind autograd's back, which may have saved them in evaluation.
         torch.autograd.graph.increment_version((running_mean, running_var))
     return y, m
@@ -99,8 +102,8 @@ def _backward(
     _, *sums = limited(
         fastbn.batch_norm_backward, *arrays, eps=eps, training=training, out=dx.numpy()
     )
-    dtype = x.dtype if weight is None else weight.dtype
-    dgamma, dbeta = (torch.from_numpy(a).to(dtype) for a in sums)
+    dtype = (arrays[1] if weight is None else arrays[3]).dtype
+    dgamma, dbeta = (torch.from_numpy(a.astype(dtype)) for a in sums)
     return dx, dgamma, dbeta
 
 

@@ -237,7 +237,7 @@ class StandardScaler(preprocessing.StandardScaler):  # type: ignore[misc]
             weighted = weighted or np.asarray(self.n_samples_seen_).dtype.kind == "f"
             batch = _moments_of(self).merge(batch)
         self._take(batch, weighted)
-        if transform and (result is None or not np.array_equal(self.scale_, batch.std)):
+        if transform and (result is None or not np.array_equal(np.asarray(self.scale_), batch.std)):
             result = self._scaled(X, True)
         if callbacks is not None:
             callbacks.call_on_fit_task_end(**given, reconstruction_attributes={})
