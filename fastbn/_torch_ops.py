@@ -57,7 +57,9 @@ def batch_norm(
 
 def _array(t: Tensor | None) -> Any:
     """The tensor's memory as a NumPy array; a kernel's arguments have no graph."""
-    return None if t is None else t.detach().numpy()
+    if t is None:
+        return None
+    return t.detach().numpy() if t.requires_grad else t.numpy()
 
 
 def limited(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -88,9 +90,11 @@ def _forward(
         return y, running
     _, m = limited(fastbn.batch_norm, *arrays, eps=eps, out=y.numpy())
     if running_mean is not None and running_var is not None and x.numel():
-        with np.errstate(all="ignore"):  # float32 may overflow, as PyTorch's do
-            for old, new in zip(running, (m.mean, m.variance(1))):
-                old[...] = np.multiply(old, 1 - momentum, dtype=np.float64) + momentum * new
+        unbiased = momentum / (x.numel() / x.shape[1] - 1)
+        with np.errstate(all="ignore"):  # float32 may overflow, as PyTorch's does
+            for old, new, part in zip(running, (m.mean, m.m2), (momentum, unbiased)):
+                kept = np.multiply(old, 1 - momentum, dtype=np.float64)
+                old[...] = kept + part * new  # rounded once
         # They were written to behind autograd's back, which may have saved them in evaluation.
         torch.autograd.graph.increment_version(running_mean)
         torch.autograd.graph.increment_version(running_var)
@@ -108,8 +112,8 @@ def _backward(
     _, *sums = limited(
         fastbn.batch_norm_backward, *arrays, eps=eps, training=training, out=dx.numpy()
     )
-    dtype = x.dtype if weight is None else weight.dtype
-    dgamma, dbeta = (torch.from_numpy(a).to(dtype) for a in sums)
+    dtype = (arrays[1] if weight is None else arrays[3]).dtype
+    dgamma, dbeta = (torch.from_numpy(a.astype(dtype)) for a in sums)
     return dx, dgamma, dbeta
 
 

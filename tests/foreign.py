@@ -39,6 +39,9 @@ class OnlyDLPack:
     def __getitem__(self, k):
         raise AssertionError("read element by element")
 
+    def __iter__(self):
+        raise AssertionError("read element by element")
+
 
 class Labelled:
     """As an xarray DataArray: an array with things around it."""

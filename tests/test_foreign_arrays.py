@@ -188,8 +188,8 @@ def test_columns_of_several_dtypes():
         for table in (pa.table(arrow), pd.DataFrame(made), pl.DataFrame(made)):
             a = as_array(table, "x")
             assert (a.dtype, a.tolist()) == (dtype, [[1, 1], [0, 0], [1, 1]]), (dtypes, type(table))
-    twice = pd.DataFrame([[1, 2.0], [3, 4.0]], columns=["a", "a"], index=[0.5, -1.0])
-    assert as_array(twice.astype({"a": "Float64"}), "x").tolist() == [[1, 2], [3, 4]]
+    twice = pd.DataFrame([[1, 2.0], [3, 4.0], [5, 6.0]], columns=["a", "a"], index=[0.5, -1, 2])
+    assert as_array(twice.astype({"a": "Float64"}), "x").tolist() == [[1, 2], [3, 4], [5, 6]]
     for empty in (pa.table({"a": pa.array([], "int8"), "b": pa.array([], "float64")}),
                   pl.DataFrame({"a": [], "b": []}, schema={"a": pl.Int8, "b": pl.Float64}),
                   pd.DataFrame({"a": [1], "b": [1.0]})[:0]):  # fmt: skip
