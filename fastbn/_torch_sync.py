@@ -74,6 +74,7 @@ class SyncBatchNorm(_BatchNorm):
     Examples
     --------
     >>> import torch
+    >>> from fastbn.torch import SyncBatchNorm
     >>> bn = SyncBatchNorm(2, affine=False)     # alone: the statistics of its own batch
     >>> bn(torch.tensor([[1.0, 10.0], [3.0, 30.0]])).round(decimals=3)
     tensor([[-1., -1.],
@@ -241,6 +242,7 @@ class SyncBatchNorm(_BatchNorm):
         Examples
         --------
         >>> import torch
+        >>> from fastbn.torch import SyncBatchNorm
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
         >>> [type(layer).__name__ for layer in SyncBatchNorm.convert_sync_batchnorm(net)]
         ['Linear', 'SyncBatchNorm']

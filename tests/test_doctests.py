@@ -15,6 +15,7 @@ README = Path(__file__).parents[1] / "README.md"
 PUBLIC = [name for name in fastbn.__all__ if callable(getattr(fastbn, name))]
 # What they print or return is the machine's affair.
 WITHOUT_EXAMPLE = {"get_num_threads", "show_config"}
+TORCH_LAYERS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
 
 
 def run(test):
@@ -50,6 +51,21 @@ def test_docstrings_of_dask(name):
         run(test)
 
 
+@pytest.mark.parametrize("name", ["batch_norm", "convert", "SyncBatchNorm", *TORCH_LAYERS])
+def test_docstrings_of_torch(name):
+    torch = pytest.importorskip("torch", reason="needs the extra fastbn[torch]")
+    if name == "SyncBatchNorm" and not torch.distributed.is_available():
+        pytest.skip("this PyTorch has no torch.distributed")
+    import fastbn.torch
+
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    found = finder.find(getattr(fastbn.torch, name), name, globs={"__name__": "__main__"})
+    tests = [test for test in found if test.examples]
+    assert tests
+    for test in tests:
+        run(test)
+
+
 def blocks(text):
     found = re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return [(m[1], text.count("\n", 0, m.start(1))) for m in found if ">>>" in m[1]]
@@ -61,6 +77,7 @@ PAGES = {
     "docs/statistics.md": (),
     "docs/arrays.md": ("pandas", "polars", "pyarrow"),
     "docs/dask.md": ("dask.array",),
+    "docs/torch.md": ("torch",),
 }
 
 

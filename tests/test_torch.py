@@ -315,6 +315,7 @@ def test_an_empty_batch(training):
     assert bn.weight.grad.tolist() == bn.bias.grad.tolist() == [0, 0, 0]
     assert torch.equal(bn.running_mean, before[0])
     assert torch.equal(bn.running_var, before[1])
+    assert bn.num_batches_tracked == training
 
 
 def test_inference_mode():

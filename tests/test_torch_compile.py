@@ -145,12 +145,14 @@ x, y = torch.load(sys.argv[1] + "/data.pt")
 got = program.module()(x)
 assert got.shape == y.shape
 assert (got - y).abs().max() < 1e-12, (got - y).abs().max()
+assert (torch.jit.load(sys.argv[1] + "/traced.pt")(x) - y).abs().max() < 1e-12
 """
 
 
-def test_an_exported_program_in_another_process(tmp_path):
+def test_saved_programs_in_another_process(tmp_path):
     mine, program = exported(False, False, True)
     torch.export.save(program, str(tmp_path / "program.pt2"))
+    torch.jit.save(torch.jit.trace(mine, (batch(6),)), str(tmp_path / "traced.pt"))
     torch.save((batch(3, 1), mine(batch(3, 1)).detach()), tmp_path / "data.pt")
     done = run_python(LOAD.replace("sys.argv[1]", repr(str(tmp_path))))
     assert done.returncode == 0, done.stderr
