@@ -156,6 +156,21 @@ def test_the_input_is_not_written_to():
     assert torch.equal(x, before)
 
 
+def test_gradients_of_another_order_are_copied_by_pytorch(monkeypatch):
+    """Which does so with all threads."""
+    function, seen = fastbn.batch_norm_backward, []
+
+    def call(dy, x, *args, **kwargs):
+        seen.append((dy.strides, x.strides))
+        return function(dy, x, *args, **kwargs)
+
+    monkeypatch.setattr(fastbn, "batch_norm_backward", call)
+    x = channels_last(randn(*SHAPES[4])).requires_grad_()
+    fastbn.torch.BatchNorm2d(5, dtype=F64)(x).backward(randn(*SHAPES[4]))
+    [(dy_strides, x_strides)] = seen
+    assert dy_strides == x_strides
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("grad", [True, False])
 def test_nothing_is_copied(grad, order, monkeypatch):

@@ -195,6 +195,8 @@ def test_a_fake_tensor_mode():
         y.sum().backward()
         assert y.stride() == x.stride()
         assert bn.weight.grad.shape == (3,)
+    for training in (True, False):  # fake tensors outlive the mode
+        assert bn.train(training)(x).stride() == x.stride()
 
 
 def test_scripts_and_symbolic_traces_need_a_revert():

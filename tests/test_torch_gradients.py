@@ -143,6 +143,9 @@ def test_gradients_have_their_tensors_dtype(training, way, dtypes):
     y = way(training)(x, weight, bias)
     first = torch.autograd.grad(y, (x, weight, bias), torch.ones_like(y), create_graph=True)
     assert [g.dtype for g in first] == [x.dtype, weight.dtype, bias.dtype]
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    (expected,) = torch.autograd.grad(formula(training)(*exact).sum(), exact[1])
+    close(first[1], expected.to(weight.dtype), "as exact as the dtype")
     second = torch.autograd.grad(first[0].sum() + first[1].sum(), (x, weight))
     assert [g.dtype for g in second] == [x.dtype, weight.dtype]
 
@@ -163,15 +166,30 @@ def test_constant_features(training):
     assert (x.grad[:, 1] != 0).any()
 
 
-def test_not_a_number_is_not_hidden_in_second_derivatives():
+@trainings
+def test_not_a_number_is_not_hidden_in_second_derivatives(training):
     x, weight, bias = leaves()
+    mean, var = MEAN.clone(), VAR.clone()
     with torch.no_grad():
-        x[0, 0, 0, 0] = torch.nan
-    y = eager(True)(x, weight, bias)
+        x[0, 0, 0, 0] = var[0] = torch.nan
+    y = fastbn.torch.batch_norm(x, mean, var, weight, bias, training)
     (dx,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
     (dxx,) = torch.autograd.grad(dx.square().sum(), x)
     assert dxx[:, 0].isnan().all()
     assert dxx[:, 1:].isfinite().all()
+
+
+def test_a_variance_that_is_not_a_number():
+    x, weight, bias = leaves()
+    var = VAR.clone()
+    var[0] = torch.nan
+    dy = randn(*SHAPE).requires_grad_()
+    dx, _ = torch.autograd.grad(
+        fastbn.torch.batch_norm(x, MEAN, var, weight, bias), (x, weight), dy, create_graph=True
+    )
+    (ddy,) = torch.autograd.grad(dx.sum(), dy)
+    assert ddy[:, 0].isnan().all()
+    assert ddy[:, 1:].isfinite().all()
 
 
 @trainings
