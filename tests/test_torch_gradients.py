@@ -314,8 +314,9 @@ def test_checkpoints():
 
 
 def operator_arguments(name, memory_format, affine, grad):
-    x, weight, bias = (t.detach() for t in leaves(memory_format))
-    dy = randn(*SHAPE, seed=8)
+    # In float32, where statistics in float64 have a dtype of their own.
+    x, weight, bias = (t.detach().float() for t in leaves(memory_format))
+    dy = randn(*SHAPE, seed=8).float()
     if not affine:
         weight = bias = None
     for t in (x, weight, bias, dy):
