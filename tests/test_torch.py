@@ -318,6 +318,10 @@ def test_autocast():
     np.testing.assert_allclose(mine[1].running_var, theirs[1].running_var, rtol=1e-2)
 
 
+def test_a_single_image():
+    check(*pair((1, 5, 3, 7)), randn(1, 5, 3, 7), randn(1, 5, 3, 7, seed=1))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_an_empty_batch(training):
     bn = fastbn.torch.BatchNorm1d(3).train(training)
