@@ -318,6 +318,17 @@ def test_autocast():
     np.testing.assert_allclose(mine[1].running_var, theirs[1].running_var, rtol=1e-2)
 
 
+def test_tracking_may_be_switched_off():
+    """Training then leaves the running statistics alone, and evaluation uses them."""
+    theirs, mine = pair((7, 5))
+    for tracking, training in ((True, True), (False, True), (False, False), (True, True)):
+        for layer in (theirs, mine):
+            layer.track_running_stats = tracking
+            layer.train(training)
+        check(theirs, mine, randn(7, 5) + 2, randn(7, 5, seed=1))
+    assert mine.num_batches_tracked == 2
+
+
 def test_a_single_image():
     check(*pair((1, 5, 3, 7)), randn(1, 5, 3, 7), randn(1, 5, 3, 7, seed=1))
 
