@@ -263,7 +263,8 @@ class StandardScaler(preprocessing.StandardScaler):  # type: ignore[misc]
         count = m.count.copy() if weighted else m.count.astype(np.int64)
         self.n_samples_seen_ = count[0] if (count == count[0]).all() else count
         self.mean_ = m.mean.copy() if self.with_mean or self.with_std else None
-        self.var_ = self.scale_ = None
+        self.var_: Any = None
+        self.scale_: Any = None
         if self.with_std:
             self.var_ = m.var
             # scikit-learn's bound for the variance of a constant feature (Chan, Golub & LeVeque
@@ -277,7 +278,7 @@ class StandardScaler(preprocessing.StandardScaler):  # type: ignore[misc]
         mean, scale = self._mean_and_scale()
         return _affine(X, mean, None if scale is None else 1 / scale, None, copy)
 
-    def _mean_and_scale(self) -> tuple[Array | None, Array | None]:
+    def _mean_and_scale(self) -> tuple[Any, Any]:
         """Those that are asked for."""
         for parameter, name in (("with_mean", "mean_"), ("with_std", "scale_")):
             if getattr(self, parameter) and getattr(self, name) is None:
@@ -309,8 +310,8 @@ def _moments_of(scaler: preprocessing.StandardScaler, argument: str) -> fastbn.M
         return moments
     if scaler.var_ is None:
         raise ValueError(
-            f"{argument}: expected a scaler that knows its variance, got one of scikit-learn's with "
-            f"with_std=False: {scaler}"
+            f"{argument}: expected a scaler that knows its variance, got one of "
+            f"scikit-learn's with with_std=False: {scaler}"
         )
     count = np.broadcast_to(scaler.n_samples_seen_, np.shape(scaler.var_))
     return fastbn.Moments(count, scaler.mean_, scaler.var_ * count)
