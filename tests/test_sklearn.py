@@ -1,0 +1,438 @@
+"""fastbn.sklearn.StandardScaler gives what scikit-learn's does; see conformance/ for its tests."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import numpy as np
+import pytest
+from helpers import assert_within, bits, run_python
+from samples_scaler import KINDS, batch, both, same_message, state
+from tolerances import EPS, EPS64, MERGE, Y
+
+import fastbn
+
+pytest.importorskip("sklearn", reason="needs the extra fastbn[sklearn]")
+
+from sklearn import preprocessing  # noqa: E402
+from sklearn.exceptions import NotFittedError  # noqa: E402
+
+from fastbn.sklearn import StandardScaler  # noqa: E402
+
+Theirs = preprocessing.StandardScaler
+DTYPES = [np.float16, np.float32, np.float64, np.int8, np.int64, np.uint16, bool]
+PARAMETERS = [
+    {},
+    {"with_mean": False},
+    {"with_std": False},
+    {"with_mean": False, "with_std": False},
+]
+
+
+def assert_same_fit(ours, theirs):
+    """Attributes as scikit-learn's, whose mean of float32 is of float64 grade too."""
+    assert set(vars(ours)) - {"moments_"} == set(vars(theirs))
+    for name in ("mean_", "var_", "scale_"):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        if b is None:
+            assert a is None, name
+        else:
+            assert (a.dtype, a.shape) == (np.float64, b.shape)
+            np.testing.assert_allclose(a, b, 1e-12, 1e-13, err_msg=name)
+    np.testing.assert_array_equal(ours.n_samples_seen_, theirs.n_samples_seen_)
+    assert np.ndim(ours.n_samples_seen_) == np.ndim(theirs.n_samples_seen_)
+    assert ours.n_features_in_ == theirs.n_features_in_
+
+
+def near(actual, expected, dtype):
+    """Results of scikit-learn, which rounds the mean to the data's dtype: none is large here."""
+    assert (type(actual), actual.dtype) == (np.ndarray, expected.dtype)
+    unit = 64 * float(np.finfo(dtype).eps)
+    np.testing.assert_allclose(actual, expected, unit, unit)
+
+
+@pytest.mark.parametrize("order", ["C", "F", "gaps", "reversed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parameters", PARAMETERS)
+def test_everything_is_as_in_scikit_learn(parameters, dtype, order):
+    X = batch("plain", (57, 5), dtype, order)
+    before = X.copy()
+    ours, theirs = StandardScaler(**parameters).fit(X), Theirs(**parameters).fit(X)
+    assert_same_fit(ours, theirs)
+    result = theirs.transform(X).dtype
+    y = theirs.transform(X)
+    near(ours.transform(X), y, result)
+    near(StandardScaler(**parameters).fit_transform(X), y, result)
+    near(ours.inverse_transform(y), theirs.inverse_transform(y), result)
+    near(ours.inverse_transform(X), theirs.inverse_transform(X), result)
+    np.testing.assert_array_equal(X, before)
+    assert X.flags.f_contiguous == ours.transform(X).flags.f_contiguous or order == "gaps"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("parameters", PARAMETERS)
+def test_missing_values_and_constant_features(parameters, dtype, kind):
+    X = batch(kind, (40, 5), dtype)
+    ours, theirs = StandardScaler(**parameters), Theirs(**parameters)
+    with np.errstate(invalid="ignore", divide="ignore"):  # of features without data
+        expected = theirs.fit_transform(X)
+    y = ours.fit_transform(X)
+    assert_same_fit(ours, theirs)
+    near(y, expected, dtype)
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(X))
+    near(ours.inverse_transform(y), theirs.inverse_transform(y), dtype)
+
+
+@pytest.mark.parametrize("weights", ["some 0", "fractions", "scalar", "large"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64])
+@pytest.mark.parametrize("kind", ["plain", "missing", "constant"])
+def test_weights(kind, dtype, weights):
+    if kind == "missing" and dtype is np.int64:
+        kind = "plain"
+    X = batch(kind, (40, 5), dtype)
+    rng = np.random.default_rng(1)
+    w = {
+        "some 0": rng.integers(0, 3, 40), "fractions": rng.random(40), "scalar": 2.5,
+        "large": rng.random(40).astype(np.float32) * 1e6,
+    }[weights]  # fmt: skip
+    ours, theirs = StandardScaler().fit(X, sample_weight=w), Theirs().fit(X, sample_weight=w)
+    if dtype is np.float32:  # in which scikit-learn adds up the weights
+        np.testing.assert_allclose(ours.n_samples_seen_, theirs.n_samples_seen_, 1e-5)
+        np.testing.assert_allclose(ours.mean_, theirs.mean_, 1e-5)
+        np.testing.assert_allclose(ours.scale_, theirs.scale_, 1e-5)
+        wide = fastbn.moments(X, weights=np.broadcast_to(w, 40).astype(dtype), nan="omit")
+        np.testing.assert_array_equal(ours.mean_, wide.mean)
+    else:
+        theirs.n_samples_seen_ = np.asarray(theirs.n_samples_seen_).round(8)[()]
+        ours.n_samples_seen_ = np.asarray(ours.n_samples_seen_).round(8)[()]
+        assert_same_fit(ours, theirs)
+    assert ours.n_samples_seen_.dtype.kind == "f"
+    again = StandardScaler().fit_transform(X, sample_weight=w)
+    assert bits(again) == bits(ours.transform(X))
+
+
+def test_whole_weights_are_repeated_samples():
+    X, w = batch("missing", (40, 5), np.float64), np.random.default_rng(0).integers(0, 4, 40)
+    weighted = StandardScaler().fit(X, sample_weight=w)
+    repeated = StandardScaler().fit(np.repeat(X, w, axis=0))
+    np.testing.assert_array_equal(weighted.n_samples_seen_, repeated.n_samples_seen_)
+    np.testing.assert_allclose(weighted.mean_, repeated.mean_, 1e-13)
+    np.testing.assert_allclose(weighted.var_, repeated.var_, 1e-13)
+
+
+def test_weights_that_are_refused():
+    X = batch("plain", (4, 2), np.float64)
+    for refused in ([1, 2], [[1], [1], [1], [1]], [0, 0, 0, 0], [1, 1, 1, np.nan], "abcd"):
+        same_message(lambda scaler, w=refused: scaler.fit(X, sample_weight=w))
+    scaler = StandardScaler().fit(X)
+    before = state(scaler)
+    expected = r"weights: expected finite numbers >= 0 and a finite sum, got -1\.0"
+    with pytest.raises(ValueError, match=expected):
+        scaler.partial_fit(X, sample_weight=[1, -1, 1, 1])
+    assert state(scaler) == before
+    scaler = StandardScaler()
+    with pytest.raises(ValueError, match=expected):
+        scaler.fit_transform(X, sample_weight=[1, -1, 1, 1])
+    with pytest.raises(NotFittedError):
+        scaler.transform(X)
+
+
+def assert_merged(actual, expected, dtype=np.float64):
+    np.testing.assert_allclose(actual.n_samples_seen_, expected.n_samples_seen_, 1e-13)
+    size = np.abs(expected.mean_) + np.sqrt(expected.var_)
+    seen = ~np.isnan(expected.mean_)
+    assert_within(actual.mean_[seen], expected.mean_[seen], MERGE * size[seen], "mean_")
+    # The mean of constant numbers may be off by a rounding, whose square is what m2 is then.
+    rounding = (4 * EPS64 * expected.mean_) ** 2
+    limit = MERGE * expected.var_ + rounding
+    assert_within(actual.var_[seen], expected.var_[seen], limit[seen], "var_")
+    assert_within(actual.scale_[seen], expected.scale_[seen], MERGE * expected.scale_[seen], "scale")
+    np.testing.assert_array_equal(np.isnan(actual.mean_), ~seen)
+    np.testing.assert_array_equal(np.isnan(actual.scale_), ~seen)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weighted", [False, True, "mixed"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_batches_one_after_another_are_as_one(kind, weighted, dtype):
+    X = batch(kind, (200, 5), dtype)
+    w = np.ones(200)
+    if weighted:
+        w[:100 if weighted == "mixed" else None] = 0.5
+    whole = StandardScaler().fit(X, sample_weight=w if weighted else None)
+    ours, cuts = StandardScaler(), [0, 1, 3, 50, 100, 160, 200]
+    for k, (a, b) in enumerate(zip(cuts, cuts[1:])):
+        given = w[a:b] if weighted and a < 100 or weighted is True else None
+        assert ours.partial_fit(X[a:b], sample_weight=given) is ours
+        assert ours.n_samples_seen_.dtype.kind == ("f" if weighted else "i"), k
+    assert_merged(ours, whole)
+    parts = [StandardScaler().fit(X[a:b], sample_weight=w[a:b] if weighted else None)
+             for a, b in zip(cuts, cuts[1:])]  # fmt: skip
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merged.merge(part)
+    assert_merged(merged, whole)
+    assert merged.n_samples_seen_.dtype.kind == ("f" if weighted else "i")
+    assert merged.moments_.count.tolist() == whole.moments_.count.tolist()
+
+
+def test_partial_fit_is_as_scikit_learns():
+    for kind in KINDS:
+        X = batch(kind, (90, 5), np.float64)
+        ours, theirs = StandardScaler(), Theirs()
+        for rows in (X[:40], X[40:41], X[41:]):
+            ours.partial_fit(rows)
+            with warnings.catch_warnings(), np.errstate(all="ignore"):
+                warnings.simplefilter("ignore")
+                theirs.partial_fit(rows)
+            assert_same_fit(ours, theirs)
+
+
+def test_fit_forgets_and_partial_fit_does_not():
+    X = batch("plain", (9, 2), np.float64)
+    scaler = StandardScaler().fit(X + 5).partial_fit(X)
+    assert scaler.n_samples_seen_ == 18
+    assert scaler.fit(X[:4]).n_samples_seen_ == 4
+    assert scaler.moments_ == fastbn.moments(X[:4])
+    scaler.fit_transform(X)
+    assert (scaler.n_samples_seen_, scaler.moments_) == (9, fastbn.moments(X))
+    scaler.fit(X[:, :1])  # other features
+    assert scaler.n_features_in_ == 1
+
+
+def test_partial_fit_takes_changed_parameters():
+    X = batch("plain", (9, 2), np.float64)
+    scaler = StandardScaler(with_std=False).fit(X)
+    scaler.with_std = True
+    assert_merged(scaler.partial_fit(X + 1), StandardScaler().fit(np.r_[X, X + 1]))
+    for parameter in ("with_mean", "with_std"):
+        scaler = StandardScaler(with_mean=False, with_std=False).fit(X)
+        setattr(scaler, parameter, True)
+        for method in (scaler.transform, scaler.inverse_transform):
+            with pytest.raises(ValueError, match=f"{parameter}: expected what it was in fit"):
+                method(X)
+    scaler = StandardScaler().fit(X).set_params(with_std=False, with_mean=False)
+    np.testing.assert_array_equal(scaler.transform(X), X)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_features_are_scaled_as_constant_where_scikit_learn_does_it(dtype):
+    """Variances around its bound, n * eps * var + (n * mean * eps)**2."""
+    n = 50
+    bound = n * EPS64  # of the standard deviation, relative to the mean
+    X = np.full((n, 40), 1.0)
+    X[::2] += np.geomspace(bound / 30, bound * 30, 40)
+    X = (X * 3e5).astype(dtype)
+    ours, theirs = StandardScaler().fit(X), Theirs().fit(X)
+    exact = [np.var([float(v) - float(c[0]) for v in c]) for c in X.T]
+    limit = (n * X.astype(float).mean(axis=0) * EPS64) ** 2
+    clear = (exact < limit / 4) | (exact > limit * 4)
+    np.testing.assert_array_equal(ours.scale_[clear] == 1, (exact <= limit)[clear])
+    near_it = clear & ((theirs.var_ < limit / 4) | (theirs.var_ > limit * 4))
+    np.testing.assert_array_equal((ours.scale_ == 1)[near_it], (theirs.scale_ == 1)[near_it])
+    assert 0 < (ours.scale_ == 1).sum()
+    assert (ours.scale_ == 1).all() or dtype is np.float64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ["C", "F", "gaps"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_fit_transform_has_the_bits_of_fit_and_transform(dtype, order, kind, simd):
+    for shape in ((1, 5), (40, 5), (40, 1), (1000, 33), (7, 300)):
+        for parameters in PARAMETERS:
+            X = batch(kind, shape, dtype, order)
+            y = StandardScaler(**parameters).fit_transform(X)
+            scaler = StandardScaler(**parameters).fit(X)
+            assert bits(y) == bits(scaler.transform(X)), (shape, parameters)
+            inside = batch(kind, shape, dtype, order)
+            changed = StandardScaler(copy=False, **parameters).fit_transform(inside)
+            assert bits(y) == bits(changed), (shape, parameters)
+            assert np.shares_memory(changed, inside)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6, -1e8])
+def test_fit_transform_of_large_means_too(dtype, offset, simd):
+    rng = np.random.default_rng(2)
+    for shape in ((3, 2), (500, 3), (20011, 8), (301, 257)):
+        X = (rng.normal(size=shape) * rng.uniform(0.1, 9, shape[1]) + offset).astype(dtype)
+        scaler = StandardScaler()
+        y = scaler.fit_transform(X)
+        assert bits(y) == bits(StandardScaler().fit(X).transform(X))
+        assert bits(y, scaler.mean_, scaler.scale_) == bits(*at_threads(2, X))
+        assert bits(y, scaler.mean_, scaler.scale_) == bits(*at_threads(1, X))
+
+
+def at_threads(n, X):
+    with fastbn.num_threads(n):
+        scaler = StandardScaler()
+        y = scaler.fit_transform(X)
+        assert bits(y) == bits(scaler.transform(X))
+        return y, scaler.mean_, scaler.scale_
+
+
+@pytest.mark.parametrize("offset", [0, 1e6])
+def test_float32_is_within_tolerance_of_float64(offset):
+    X = (np.random.default_rng(0).normal(size=(20000, 7)) * 3 + offset).astype(np.float32)
+    wide = X.astype(np.longdouble)
+    exact = (wide - wide.mean(axis=0)) / wide.std(axis=0)
+    limit = Y[X.dtype] * EPS[X.dtype] * np.maximum(1, np.abs(exact))
+    scaler = StandardScaler().fit(X)
+    for y in (scaler.transform(X), StandardScaler().fit_transform(X)):
+        assert y.dtype == np.float32
+        assert_within(y, exact, limit, "transform")
+    near(scaler.inverse_transform(y), X, np.float32)
+
+
+@pytest.mark.parametrize("method", ["transform", "inverse_transform", "fit_transform"])
+@pytest.mark.parametrize("order", ["C", "F", "gaps"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("how", ["parameter", "argument"])
+def test_in_place(method, order, dtype, how):
+    if how == "argument" and method == "fit_transform":
+        how = "parameter"
+    X = batch("missing", (30, 4), dtype, order)
+    argument = {"copy": False} if how == "argument" else {}
+    scaler = StandardScaler().fit(X)
+    expected = getattr(scaler, method)(X.copy(order="K"))
+    scaler.copy = how == "argument"
+    y = getattr(scaler, method)(X, **argument)
+    assert y is X or (y.base is X.base and np.shares_memory(y, X))
+    assert bits(X) == bits(expected)
+    # And `copy` that is True counts for more than the parameter.
+    if method != "fit_transform":
+        scaler.copy = False
+        before = X.copy()
+        getattr(scaler, method)(X, copy=True)
+        np.testing.assert_array_equal(X, before)
+
+
+@pytest.mark.parametrize("method", ["transform", "inverse_transform", "fit_transform"])
+def test_in_place_of_what_cannot_be_written(method):
+    X = batch("plain", (30, 4), np.float64)
+    X.flags.writeable = False
+    before = X.copy()
+    ours, theirs = (both(lambda s: s.set_params(copy=False).fit(X)))
+    y = getattr(ours, method)(X)
+    np.testing.assert_allclose(y, getattr(theirs, method)(X), 1e-12, 1e-12)
+    np.testing.assert_array_equal(X, before)
+    whole = np.arange(12).reshape(6, 2)  # which becomes float64
+    getattr(StandardScaler(copy=False).fit(whole), method)(whole)
+    np.testing.assert_array_equal(whole, np.arange(12).reshape(6, 2))
+
+
+REFUSED = {
+    "infinity": [[1.0, np.inf], [2.0, 3.0]],
+    "infinities": [[1.0, np.inf], [2.0, -np.inf]],
+    "an infinity and NaN": [[1.0, -np.inf], [2.0, np.nan]],
+    "one dimension": [1.0, 2.0],
+    "three dimensions": np.ones((2, 2, 2)),
+    "no samples": np.ones((0, 2)),
+    "no features": np.ones((2, 0)),
+    "strings": [["a", "b"], ["c", "d"]],
+    "complex": np.ones((2, 2)) * 1j,
+    "other features": [[1.0, 2.0, 3.0]],
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_errors_are_scikit_learns_and_nothing_changes(what):
+    X = REFUSED[what]
+    if what != "other features":
+        for method in ("fit", "partial_fit", "fit_transform"):
+            for dtype in (np.float64, np.float32, np.float16):
+                if what.startswith(("inf", "an inf")):
+                    X = np.array(X, dtype)
+                same_message(lambda s: getattr(s, method)(X), method)
+        scaler = StandardScaler()
+        with pytest.raises(ValueError):  # noqa: PT011
+            scaler.fit_transform(X)
+        assert not hasattr(scaler, "mean_")
+    for method in ("partial_fit", "transform", "inverse_transform"):
+        if (method, what) == ("inverse_transform", "other features"):
+            with pytest.raises(ValueError, match="X has 3 features, but StandardScaler is expect"):
+                StandardScaler().fit([[1.0, 2.0]]).inverse_transform(X)
+            continue
+        if (method, what) == ("inverse_transform", "no features"):
+            continue
+        same_message(lambda s: getattr(s.fit([[1.0, 2.0], [3.0, 5.0]]), method)(X), method)
+        scaler = StandardScaler(copy=False).fit([[1.0, 2.0], [3.0, 5.0]])
+        before, given = state(scaler), np.array(X)
+        with pytest.raises(ValueError):  # noqa: PT011
+            getattr(scaler, method)(given)
+        assert state(scaler) == before
+        np.testing.assert_array_equal(given, np.array(X))
+
+
+def test_infinities_with_a_weight_of_0_are_refused():
+    X = [[1.0, np.inf], [2.0, 3.0], [4.0, 4.0]]
+    same_message(lambda s: s.fit(X, sample_weight=[0, 1, 1]))
+    same_message(lambda s: s.fit_transform(X, sample_weight=[0, 1, 1]))
+    X[0][1] = np.nan
+    ours, theirs = both(lambda s: s.fit(X, sample_weight=[0, 1, 1]))
+    assert_same_fit(ours, theirs)
+
+
+def test_other_errors():
+    X = [[1.0, 2.0], [3.0, 4.0]]
+    same_message(lambda s: s.transform(X))
+    same_message(lambda s: s.inverse_transform(X))
+    same_message(lambda s: s.fit_transform(X, nothing=1))
+    for parameter in ("copy", "with_mean", "with_std"):
+        for method in ("fit", "partial_fit", "fit_transform"):
+            same_message(lambda s: getattr(s.set_params(**{parameter: "no"}), method)(X))
+
+
+def test_finite_numbers_that_overflow():
+    """Are no infinities; features that float64's squares do not hold are not scaled."""
+    X = np.array([[1e200, 1.0], [-1e200, 2.0], [1e200, 3.0]])
+    scaler = StandardScaler()
+    y = scaler.fit_transform(X)
+    assert scaler.var_[0] == np.inf
+    assert scaler.scale_[0] == 1
+    np.testing.assert_allclose(y[:, 1], [-1.224744871391589, 0, 1.224744871391589], 1e-12)
+    assert np.isfinite(y).all()
+    small = np.array([[65000.0], [-65000], [65000]], np.float16)
+    np.testing.assert_allclose(StandardScaler().fit_transform(small)[:, 0], [0.7071, -1.414, 0.7071], 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["csr_array", "csc_matrix", "coo_array", "lil_matrix"])
+def test_sparse_data_are_refused(kind):
+    from scipy import sparse
+
+    X = getattr(sparse, kind)(np.eye(3))
+    scaler = StandardScaler().fit(np.eye(3))
+    before = state(scaler)
+    expected = re.escape(f"X: expected dense data, got a sparse {kind}; sklearn.preprocessing.Stand")
+    for method in ("partial_fit", "transform", "inverse_transform"):
+        with pytest.raises(TypeError, match=expected):
+            getattr(scaler, method)(X)
+    assert state(scaler) == before
+    for method in ("fit", "fit_transform"):
+        with pytest.raises(TypeError, match=expected):
+            getattr(StandardScaler(with_mean=False), method)(X)
+
+
+@pytest.mark.parametrize("newer", ["None", "'1.5'"])
+def test_without_scikit_learn(newer):
+    """Or with one that has no validate_data."""
+    code = (
+        "import sys\n"
+        f"if {newer} is None: sys.modules['sklearn'] = None\n"
+        "else:\n"
+        "    import sklearn.utils.validation as v; del v.validate_data\n"
+        "import fastbn\n"
+        "try: import fastbn.sklearn\n"
+        "except ImportError as error: print(error)\n"
+    )
+    done = run_python(code)
+    assert "fastbn.sklearn needs scikit-learn 1.6 or newer: pip install 'fastbn[sklearn]'" in (
+        done.stdout
+    ), done.stderr
+
+
+def test_import_fastbn_imports_no_scikit_learn():
+    done = run_python("import fastbn, sys; print('sklearn' in sys.modules, 'scipy' in sys.modules)")
+    assert done.stdout.split() == ["False", "False"], done.stderr
