@@ -207,6 +207,10 @@ class StandardScaler(preprocessing.StandardScaler):  # type: ignore[misc]
         merged._take(_moments_of(self, "self").merge(_moments_of(other, "other")), "f" in counts)
         return merged
 
+    def __sklearn_is_fitted__(self) -> bool:
+        """Not where a first fit failed, which leaves the number of features behind."""
+        return hasattr(self, "mean_")
+
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = False

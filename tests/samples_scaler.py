@@ -19,11 +19,13 @@ def batch(kind, shape, dtype, order="C"):
     elif kind == "nothing left":
         X[:, -1] = np.nan
     elif kind == "constant":
-        X[:, :: 2] = 3.7
+        X[:, ::2] = 3.7
     elif kind == "almost constant":
         X[:, 0] = 3.7
         X[::2, 0] += 1e-3 if np.dtype(dtype).itemsize < 8 else 1e-11
-    X = np.abs(X) > 4 if dtype is bool else X.astype(dtype)
+    if np.dtype(dtype).kind in "bu":
+        X = np.abs(X)
+    X = X > 4 if dtype is bool else X.astype(dtype)
     if order == "F":
         return np.asfortranarray(X)
     if order == "gaps":
@@ -65,3 +67,18 @@ def same_message(call, *what):
 def state(scaler):
     """The fitted attributes, to be compared with ==."""
     return {name: repr(value) for name, value in vars(scaler).items()}
+
+
+def assert_same_fit(ours, theirs):
+    """Attributes as scikit-learn's, whose mean of float32 is of float64 grade too."""
+    assert set(vars(ours)) - {"moments_"} == set(vars(theirs))
+    for name in ("mean_", "var_", "scale_"):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        if b is None:
+            assert a is None, name
+        else:
+            assert (a.dtype, a.shape) == (np.float64, b.shape)
+            np.testing.assert_allclose(a, b, 1e-12, 1e-13, err_msg=name)
+    np.testing.assert_array_equal(ours.n_samples_seen_, theirs.n_samples_seen_)
+    assert np.ndim(ours.n_samples_seen_) == np.ndim(theirs.n_samples_seen_)
+    assert ours.n_features_in_ == theirs.n_features_in_
