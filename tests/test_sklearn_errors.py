@@ -11,9 +11,9 @@ from samples_scaler import assert_same_fit, batch, both, same_message, state
 
 pytest.importorskip("sklearn", reason="needs the extra fastbn[sklearn]")
 
-from sklearn.exceptions import NotFittedError  # noqa: E402
+from sklearn.exceptions import NotFittedError
 
-from fastbn.sklearn import StandardScaler  # noqa: E402
+from fastbn.sklearn import StandardScaler
 
 REFUSED = {
     "infinity": [[1.0, np.inf], [2.0, 3.0]],
@@ -37,7 +37,7 @@ def test_errors_are_scikit_learns_and_nothing_changes(what):
             for dtype in (np.float64, np.float32, np.float16):
                 if what.startswith(("inf", "an inf")):
                     X = np.array(X, dtype)
-                same_message(lambda s: getattr(s, method)(X), method)
+                same_message(lambda s, call=method, X=X: getattr(s, call)(X), method)
         scaler = StandardScaler()
         with pytest.raises(ValueError), np.errstate(invalid="ignore"):  # noqa: PT011
             scaler.fit_transform(X)
@@ -51,7 +51,7 @@ def test_errors_are_scikit_learns_and_nothing_changes(what):
             continue
         if (method, what) == ("inverse_transform", "no features"):
             continue
-        same_message(lambda s: getattr(s.fit([[1.0, 2.0], [3.0, 5.0]]), method)(X), method)
+        same_message(lambda s, call=method: getattr(s.fit([[1, 2], [3, 5]]), call)(X), method)
         scaler = StandardScaler(copy=False).fit([[1.0, 2.0], [3.0, 5.0]])
         before, given = state(scaler), np.array(X)
         with pytest.raises(ValueError), np.errstate(invalid="ignore"):  # noqa: PT011
@@ -76,7 +76,8 @@ def test_other_errors():
     same_message(lambda s: s.fit_transform(X, nothing=1))
     for parameter in ("copy", "with_mean", "with_std"):
         for method in ("fit", "partial_fit", "fit_transform"):
-            same_message(lambda s: getattr(s.set_params(**{parameter: "no"}), method)(X))
+            wrong = {parameter: "no"}
+            same_message(lambda s, w=wrong, call=method: getattr(s.set_params(**w), call)(X))
 
 
 def test_finite_numbers_that_overflow():
