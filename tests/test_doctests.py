@@ -50,6 +50,21 @@ def test_docstrings_of_dask(name):
         run(test)
 
 
+def test_docstrings_of_sklearn():
+    pytest.importorskip("sklearn", reason="needs the extra fastbn[sklearn]")
+    from fastbn.sklearn import StandardScaler
+
+    found = doctest.DocTestFinder(exclude_empty=True).find(
+        StandardScaler, "StandardScaler", globs={"__name__": "__main__"}
+    )
+    tests = {test.name: test for test in found if test.examples}
+    assert set(tests) == {"StandardScaler", "StandardScaler.merge"}
+    for test in tests.values():
+        run(test)
+    for name in ("partial_fit", "fit_transform", "transform", "inverse_transform", "merge"):
+        assert vars(StandardScaler)[name].__doc__
+
+
 def blocks(text):
     found = re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return [(m[1], text.count("\n", 0, m.start(1))) for m in found if ">>>" in m[1]]
@@ -61,6 +76,7 @@ PAGES = {
     "docs/statistics.md": (),
     "docs/arrays.md": ("pandas", "polars", "pyarrow"),
     "docs/dask.md": ("dask.array",),
+    "docs/sklearn.md": ("sklearn", "pandas"),
 }
 
 
