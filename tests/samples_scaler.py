@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 
-KINDS = ("plain", "missing", "nothing left", "constant", "almost constant")
+KINDS = ("plain", "missing", "nothing left", "constant", "almost constant", "rounding")
 
 
 def batch(kind, shape, dtype, order="C"):
@@ -23,6 +23,9 @@ def batch(kind, shape, dtype, order="C"):
     elif kind == "almost constant":
         X[:, 0] = 3.7
         X[::2, 0] += 1e-3 if np.dtype(dtype).itemsize < 8 else 1e-11
+    elif kind == "rounding":  # which in float64 counts as constant
+        X[:, 0] = 3.7
+        X[::2, 0] = np.nextafter(np.dtype(dtype).type(3.7), 4)
     if np.dtype(dtype).kind in "bu":
         X = np.abs(X)
     X = X > 4 if dtype is bool else X.astype(dtype)

@@ -101,6 +101,19 @@ def test_weights(kind, dtype, weights):
     assert bits(again) == bits(ours.transform(X))
 
 
+def test_weights_in_one_batch_of_several():
+    X, w = batch("missing", (40, 5), np.float64), np.linspace(0, 2, 40)
+    one, two = StandardScaler().fit(X[:20]), StandardScaler().fit(X[20:], sample_weight=w[20:])
+    assert (one.n_samples_seen_.dtype.kind, two.n_samples_seen_.dtype.kind) == ("i", "f")
+    one.partial_fit(X[20:], sample_weight=w[20:])
+    two.partial_fit(X[:20])
+    np.testing.assert_allclose(one.n_samples_seen_, two.n_samples_seen_, 1e-14)
+    assert (one.n_samples_seen_.dtype.kind, two.n_samples_seen_.dtype.kind) == ("f", "f")
+    before = one.moments_.count.copy()
+    one.n_samples_seen_ += 1  # a caller's own
+    np.testing.assert_array_equal(one.moments_.count, before)
+
+
 def test_whole_weights_are_repeated_samples():
     X, w = batch("missing", (40, 5), np.float64), np.random.default_rng(0).integers(0, 4, 40)
     weighted = StandardScaler().fit(X, sample_weight=w)

@@ -44,6 +44,10 @@ def test_errors_are_scikit_learns_and_nothing_changes(what):
         assert not hasattr(scaler, "mean_")
         with pytest.raises(NotFittedError):
             scaler.transform([[1.0, 2.0]])
+        scaler = StandardScaler().fit([[1.0, 2.0]])
+        with pytest.raises(ValueError), np.errstate(invalid="ignore"):  # noqa: PT011
+            scaler.fit(X)
+        assert not {"mean_", "moments_", "n_samples_seen_"} & set(vars(scaler))
     for method in ("partial_fit", "transform", "inverse_transform"):
         if (method, what) == ("inverse_transform", "other features"):
             with pytest.raises(ValueError, match="X has 3 features, but StandardScaler is expect"):
