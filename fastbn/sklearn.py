@@ -121,7 +121,9 @@ class StandardScaler(preprocessing.StandardScaler):  # type: ignore[misc]
         -------
         ndarray, or what `set_output` says, of shape (N, C)
         """
-        if type(self) is StandardScaler and not fit_params and self.copy:
+        if type(self) is not StandardScaler:  # whose fit and transform may be others
+            return self.fit(X, y, **fit_params).transform(X)
+        if not fit_params and self.copy:
             return self._fit_transform(X, y)
         self.fit(X, y, **fit_params)
         return self._scaled(self._dense(X, reset=False, force_writeable=not self.copy), self.copy)
@@ -162,12 +164,14 @@ class StandardScaler(preprocessing.StandardScaler):  # type: ignore[misc]
         copy = self.copy if copy is None else copy
         _refuse_sparse(X)
         X = check_array(X, dtype=FLOATS, force_writeable=not copy, ensure_all_finite="allow-nan")
-        if X.shape[1] != self.n_features_in_:
+        expected = getattr(self, "n_features_in_", X.shape[1])  # not there where restored by hand
+        if X.shape[1] != expected:
             raise ValueError(
                 f"X has {X.shape[1]} features, but {type(self).__name__} is expecting "
-                f"{self.n_features_in_} features as input."
+                f"{expected} features as input."
             )
-        return _affine(X, None, self.scale_, self.mean_ if self.with_mean else None, copy)
+        mean, scale = self._mean_and_scale()
+        return _affine(X, None, scale, mean, copy)
 
     def merge(self, other: preprocessing.StandardScaler) -> StandardScaler:
         """A scaler fitted to the data of both, exactly as if to all at once.
@@ -200,8 +204,12 @@ class StandardScaler(preprocessing.StandardScaler):  # type: ignore[misc]
         for name in ("n_features_in_", "feature_names_in_"):
             if hasattr(named, name):
                 setattr(merged, name, getattr(named, name))
-        merged._take(_moments_of(self).merge(_moments_of(other)), "f" in counts)
+        merged._take(_moments_of(self, "self").merge(_moments_of(other, "other")), "f" in counts)
         return merged
+
+    def __sklearn_is_fitted__(self) -> bool:
+        """Not where a first fit failed, which leaves the number of features behind."""
+        return hasattr(self, "mean_")
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -235,7 +243,7 @@ class StandardScaler(preprocessing.StandardScaler):  # type: ignore[misc]
         weighted = sample_weight is not None
         if not first:
             weighted = weighted or np.asarray(self.n_samples_seen_).dtype.kind == "f"
-            batch = _moments_of(self).merge(batch)
+            batch = _moments_of(self, "self").merge(batch)
         self._take(batch, weighted)
         if transform and (result is None or not np.array_equal(np.asarray(self.scale_), batch.std)):
             result = self._scaled(X, True)
@@ -259,7 +267,8 @@ class StandardScaler(preprocessing.StandardScaler):  # type: ignore[misc]
         count = m.count.copy() if weighted else m.count.astype(np.int64)
         self.n_samples_seen_ = count[0] if (count == count[0]).all() else count
         self.mean_ = m.mean.copy() if self.with_mean or self.with_std else None
-        self.var_ = self.scale_ = None
+        self.var_: Any = None
+        self.scale_: Any = None
         if self.with_std:
             self.var_ = m.var
             # scikit-learn's bound for the variance of a constant feature (Chan, Golub & LeVeque
@@ -270,8 +279,15 @@ class StandardScaler(preprocessing.StandardScaler):  # type: ignore[misc]
 
     def _scaled(self, X: Array, copy: bool) -> Array:
         """The transformed X, whose infinities were refused."""
-        scale = None if self.scale_ is None or not self.with_std else 1 / self.scale_
-        return _affine(X, self.mean_ if self.with_mean else None, scale, None, copy)
+        mean, scale = self._mean_and_scale()
+        return _affine(X, mean, None if scale is None else 1 / scale, None, copy)
+
+    def _mean_and_scale(self) -> tuple[Any, Any]:
+        """Those that are asked for."""
+        for parameter, name in (("with_mean", "mean_"), ("with_std", "scale_")):
+            if getattr(self, parameter) and getattr(self, name) is None:
+                raise ValueError(f"{parameter}: expected what it was in fit, got True later")
+        return self.mean_ if self.with_mean else None, self.scale_ if self.with_std else None
 
 
 def _moments(X: Array, **which: Any) -> fastbn.Moments:
@@ -291,15 +307,15 @@ def _affine(X: Array, center: Any, scale: Any, shift: Any, copy: bool) -> Array:
     return fastbn.normalize(X, stats, scale, shift, eps=0.0, out=None if copy else X)
 
 
-def _moments_of(scaler: preprocessing.StandardScaler) -> fastbn.Moments:
+def _moments_of(scaler: preprocessing.StandardScaler, argument: str) -> fastbn.Moments:
     """What a fitted scaler has seen; from scikit-learn's attributes if it has no more."""
     moments = getattr(scaler, "moments_", None)
     if moments is not None:
         return moments
     if scaler.var_ is None:
         raise ValueError(
-            "other: expected a scaler that knows its variance, got one of scikit-learn's with "
-            f"with_std=False: {scaler}"
+            f"{argument}: expected a scaler that knows its variance, got one of "
+            f"scikit-learn's with with_std=False: {scaler}"
         )
     count = np.broadcast_to(scaler.n_samples_seen_, np.shape(scaler.var_))
     return fastbn.Moments(count, scaler.mean_, scaler.var_ * count)

@@ -66,6 +66,21 @@ def test_docstrings_of_torch(name):
         run(test)
 
 
+def test_docstrings_of_sklearn():
+    pytest.importorskip("sklearn", reason="needs the extra fastbn[sklearn]")
+    from fastbn.sklearn import StandardScaler
+
+    found = doctest.DocTestFinder(exclude_empty=True).find(
+        StandardScaler, "StandardScaler", globs={"__name__": "__main__"}
+    )
+    tests = {test.name: test for test in found if test.examples}
+    assert set(tests) == {"StandardScaler", "StandardScaler.merge"}
+    for test in tests.values():
+        run(test)
+    for name in ("partial_fit", "fit_transform", "transform", "inverse_transform", "merge"):
+        assert vars(StandardScaler)[name].__doc__
+
+
 def blocks(text):
     found = re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return [(m[1], text.count("\n", 0, m.start(1))) for m in found if ">>>" in m[1]]
@@ -78,6 +93,7 @@ PAGES = {
     "docs/arrays.md": ("pandas", "polars", "pyarrow"),
     "docs/dask.md": ("dask.array",),
     "docs/torch.md": ("torch",),
+    "docs/sklearn.md": ("sklearn", "pandas"),
 }
 
 
