@@ -84,21 +84,27 @@ def _forward(
     """y, and the statistics that it was normalised with."""
     y = torch.empty_like(x)
     arrays = _array(x), _array(weight), _array(bias)
-    running = _array(running_mean), _array(running_var)
     if not training:
+        running = _array(running_mean), _array(running_var)
         limited(fastbn.normalize, arrays[0], running, *arrays[1:], eps=eps, out=y.numpy())
         return y, running
     _, m = limited(fastbn.batch_norm, *arrays, eps=eps, out=y.numpy())
     if running_mean is not None and running_var is not None and x.numel():
-        unbiased = momentum / (x.numel() / x.shape[1] - 1)
-        with np.errstate(all="ignore"):  # float32 may overflow, as PyTorch's does
-            for old, new, part in zip(running, (m.mean, m.m2), (momentum, unbiased)):
-                kept = np.multiply(old, 1 - momentum, dtype=np.float64)
-                old[...] = kept + part * new  # rounded once
-        # They were written to behind autograd's back, which may have saved them in evaluation.
-        torch.autograd.graph.increment_version(running_mean)
-        torch.autograd.graph.increment_version(running_var)
+        update(running_mean, running_var, m, momentum)
     return y, m
+
+
+def update(mean: Tensor, var: Tensor, batch: fastbn.Moments, momentum: float) -> None:
+    """The running statistics after a batch that is not empty; the variance is unbiased."""
+    unbiased = momentum / (batch.count - 1)
+    with np.errstate(all="ignore"):  # float32 may overflow, as PyTorch's does
+        for running, new, part in ((mean, batch.mean, momentum), (var, batch.m2, unbiased)):
+            old = _array(running)
+            kept = np.multiply(old, 1 - momentum, dtype=np.float64)
+            old[...] = kept + part * new  # rounded once
+    # They were written to behind autograd's back, which may have saved them in evaluation.
+    torch.autograd.graph.increment_version(mean)
+    torch.autograd.graph.increment_version(var)
 
 
 def _backward(
@@ -171,18 +177,9 @@ class _BatchNorm(torch.autograd.Function):
     """`batch_norm` in eager mode."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
-        y, stats = _forward(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:  # those of _forward
+        input, running_mean, running_var, weight, bias, training, _, eps = arguments
+        y, stats = _forward(*arguments)
         ctx.stats = stats if training else None
         ctx.eps = eps
         ctx.bias_dtype = None if bias is None else bias.dtype

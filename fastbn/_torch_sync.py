@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastbn._layout import Array
-from fastbn._torch_ops import limited
+from fastbn._torch_ops import _array, limited, update
 from fastbn.functional import batch_norm_backward, moments, normalize
 from fastbn.statistics import Moments
 
@@ -210,14 +210,8 @@ class SyncBatchNorm(_BatchNorm):
                 factor = 1.0 / float(self.num_batches_tracked)
         if not batch.count.any():
             return
-        factor = 0.0 if factor is None else factor
-        for running, value in (
-            (self.running_mean, batch.mean),
-            (self.running_var, batch.variance(1)),
-        ):
-            if running is not None:
-                old = running.detach().double()
-                running.copy_((1 - factor) * old + factor * torch.tensor(value))
+        if self.running_mean is not None and self.running_var is not None:
+            update(self.running_mean, self.running_var, batch, 0.0 if factor is None else factor)
 
     @classmethod
     def convert_sync_batchnorm(
@@ -374,11 +368,6 @@ def _all_gather(message: Array, group: Any) -> Array:
     received = torch.empty(dist.get_world_size(group), len(message), dtype=torch.float64)
     dist.all_gather(list(received.unbind(0)), torch.from_numpy(message), group=group)
     return received.numpy()
-
-
-def _array(t: Tensor) -> Array:
-    """A tensor's memory as an array."""
-    return t.numpy(force=True)
 
 
 def _doubles(t: Tensor | None) -> Any:
