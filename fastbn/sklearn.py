@@ -270,12 +270,12 @@ class StandardScaler(preprocessing.StandardScaler):  # type: ignore[misc]
         self.var_: Any = None
         self.scale_: Any = None
         if self.with_std:
-            self.var_ = m.var
+            self.var_ = var = m.var
             # scikit-learn's bound for the variance of a constant feature (Chan, Golub & LeVeque
             # 1983). fastbn's rounding is far below it, but the same features are to be scaled.
             with np.errstate(over="ignore"):
-                bound = m.count * EPS * m.var + (m.count * m.mean * EPS) ** 2
-            self.scale_ = np.where(m.var <= bound, 1.0, m.std)
+                bound = m.count * EPS * var + (m.count * m.mean * EPS) ** 2
+            self.scale_ = np.where(var <= bound, 1.0, np.sqrt(var))
 
     def _scaled(self, X: Array, copy: bool) -> Array:
         """The transformed X, whose infinities were refused."""
