@@ -1,6 +1,7 @@
 """Build switches only: one kernel source, one extension module per instruction set.
 
-FASTBN_DEBUG=1 builds with assertions and without optimisation.
+FASTBN_DEBUG=1 builds with bounds checks and without optimisation; FASTBN_BUILD=avx2,generic builds
+those instruction sets alone. CFLAGS and LDFLAGS are respected (a sanitizer is such a flag).
 """
 
 import os
@@ -74,7 +75,7 @@ class BuildKernels(build_ext):
                 print(f"fastbn: the compiler does not know {' '.join(flags)}; leaving out {name}")
                 continue
             common = ["/O2"] if msvc else [f for f in COMMON if self.accepts([f])]
-            if os.environ.get("FASTBN_DEBUG"):
+            if DEBUG:
                 common += ["-O0", "-g"]
             extension.extra_compile_args = common + openmp_flags + flags
             extension.extra_link_args = [] if msvc else openmp_flags
@@ -104,7 +105,18 @@ class BuildKernels(build_ext):
 def modules() -> list[str]:
     x86 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
     universal = sys.platform == "darwin" and "arm64" in os.environ.get("ARCHFLAGS", "")
-    return list(FLAGS) if x86 and not universal else ["_cpu", "_generic"]
+    names = list(FLAGS) if x86 and not universal else ["_cpu", "_generic"]
+    only = os.environ.get("FASTBN_BUILD", "")
+    if not only:
+        return names
+    asked = ["_cpu", *(f"_{name.strip()}" for name in only.split(","))]
+    unknown = sorted(set(asked) - set(names))
+    if unknown:
+        raise SystemExit(f"FASTBN_BUILD={only}: no {', '.join(unknown)} among {', '.join(names)}")
+    return asked
+
+
+DEBUG = bool(os.environ.get("FASTBN_DEBUG"))
 
 
 setup(
@@ -122,10 +134,10 @@ setup(
         ],
         compiler_directives={
             "language_level": 3,
-            "boundscheck": False,
+            "boundscheck": DEBUG,
             "wraparound": False,
             "cdivision": True,
-            "initializedcheck": False,
+            "initializedcheck": DEBUG,
         },
     ),
 )
