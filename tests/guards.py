@@ -49,7 +49,7 @@ class Slot:
         values = np.asarray(values)
         self.begin = off if where == "begin" else len(self.bytes) - off - values.nbytes
         self.end = self.begin + values.nbytes
-        assert 0 <= self.begin
+        assert self.begin >= 0
         assert self.end <= len(self.bytes)
         for side in self.sides():
             side[...] = CANARY
