@@ -234,6 +234,7 @@ class Runner:
 
     def case(self, shape, axis, dtype, places, room, few) -> str | None:
         """What is wrong with a case, if anything is."""
+        self.now(f"{shape} axis {axis} {np.dtype(dtype)}: ordinary memory")
         data = data_of(shape, axis, dtype)
         plain = SimpleNamespace(**{k: v.copy() for k, v in data.items()})
         expected = [bits(*r) if isinstance(r, tuple) else bits(r)
