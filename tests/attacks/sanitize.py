@@ -46,7 +46,6 @@ LEFT_OUT = {  # patterns of files under tests/, and why they are not run
     "test_demo.py": PYTHON_ABOVE,
     "test_examples.py": PYTHON_ABOVE,
     "test_docs_files.py": PYTHON_ABOVE,
-    "test_seeds.py": PYTHON_ABOVE,
     "test_shift.py": PYTHON_ABOVE,
 }
 TESTS_LEFT_OUT = {  # single tests, by pytest's -k, and why
