@@ -1,11 +1,13 @@
 """Build switches only: one kernel source, one extension module per instruction set.
 
 FASTBN_DEBUG=1 builds with bounds checks and without optimisation; FASTBN_BUILD=avx2,generic builds
-those instruction sets alone. CFLAGS and LDFLAGS are respected (a sanitizer is such a flag).
+those instruction sets alone. CFLAGS and LDFLAGS are respected; FASTBN_FLAGS come after all others,
+for the compiler and the linker alike: FASTBN_FLAGS="-O1 -fsanitize=address".
 """
 
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -77,8 +79,8 @@ class BuildKernels(build_ext):
             common = ["/O2"] if msvc else [f for f in COMMON if self.accepts([f])]
             if DEBUG:
                 common += ["-O0", "-g"]
-            extension.extra_compile_args = common + openmp_flags + flags
-            extension.extra_link_args = [] if msvc else openmp_flags
+            extension.extra_compile_args = common + openmp_flags + flags + LAST
+            extension.extra_link_args = LAST if msvc else openmp_flags + LAST
             kept.append(extension)
         self.extensions = kept
         super().build_extensions()
@@ -117,6 +119,7 @@ def modules() -> list[str]:
 
 
 DEBUG = bool(os.environ.get("FASTBN_DEBUG"))
+LAST = shlex.split(os.environ.get("FASTBN_FLAGS", ""))
 
 
 setup(

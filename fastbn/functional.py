@@ -18,6 +18,7 @@ from fastbn._arguments import (
     check_like,
     compute_dtype,
     features_of,
+    per_feature,
     per_feature_or_none,
 )
 from fastbn._checked import Stats, check, given, mean_and_var
@@ -357,7 +358,9 @@ def batch_norm_backward(
             dresidual = None if c.residual is None else np.empty(c.x.shape, c.dtype)
             done = dx, np.zeros(c.features), np.zeros(c.features), dresidual
         else:
-            total = stats.count if isinstance(stats, Moments) else None
+            total = None
+            if isinstance(stats, Moments):
+                total = per_feature(stats.count, "stats: count", c.features)
             if nan == "raise" or (total is None and training):
                 m = moments(c.x, axis=axis, weights=weights, where=where, nan=nan)
                 total = m.count if total is None else total

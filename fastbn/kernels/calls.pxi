@@ -130,8 +130,8 @@ cdef object result(Call *call, object x, object out, const void *in1, const void
     cdef int k
     if out is None:
         out = new_like(x)                       # in x's memory order
-        like_x(call, out, <const void **> &call.a.y)
-        return out
+        # Another thread may have given x a new shape while the weights were looked at.
+        return out if like_x(call, out, <const void **> &call.a.y) else None
     if not read(out, &o) or o.readonly or not like_x(call, out, <const void **> &call.a.y):
         return None
     inputs[0], inputs[1], inputs[2] = call.a.x, in1, in2
@@ -196,13 +196,20 @@ cdef bint statistics(Call *call, object mean, object var) except -1:
         for f in range(n):
             negative += call.job.m2[f] < 0
         return negative == 0
-    if (not read(mean, &o) or o.ndim != 2 or o.itemsize != 8 or o.shape[0] != TABLE
-            or o.shape[1] != n or not contiguous(&o)):
+    if not read_table(mean, &o) or o.shape[1] != n:
         return False
     call.job.count = <double *> o.data
     call.job.mean = <double *> o.data + n
     call.job.m2 = <double *> o.data + 2 * n
     return True
+
+
+cdef bint read_table(object array, Operand *o) noexcept:
+    """Look at a table of Moments; whether it is one. It may have no features."""
+    o.ndim = o.itemsize = 0
+    read(array, o)
+    return (o.ndim == 2 and o.itemsize == 8 and o.shape[0] == TABLE
+            and (o.size == 0 or contiguous(o)))
 
 
 cdef bint by_sample_array(Call *call, object array, int dtype, void **where) except -1:
@@ -350,7 +357,9 @@ def backward(dy, x, mean, var, gamma, beta, axis, eps, bint training, out, activ
             return None
         if training and chosen(call.a):
             if total is not None:               # Moments.count, or one like it
-                read(total, &o)
+                if (not read(total, &o) or o.itemsize != 8 or o.ndim != 1
+                        or o.size != call.job.features or not contiguous(&o)):
+                    return None
                 call.job.total = <double *> o.data
             elif var is None:
                 call.job.total = call.job.count
@@ -362,7 +371,8 @@ def backward(dy, x, mean, var, gamma, beta, axis, eps, bint training, out, activ
         dresidual = None
         if residual is not None:
             dresidual = new_like(x)
-            like_x(&call, dresidual, <const void **> &call.a.dresidual)
+            if not like_x(&call, dresidual, <const void **> &call.a.dresidual):
+                return None
         call.a.frozen = not training
         dgamma, dbeta = new_array(1, 1, call.job.features), new_array(1, 1, call.job.features)
         read(dgamma, &o)
@@ -388,6 +398,8 @@ def weights_fit(np.ndarray weights):
 def plan(Py_ssize_t outer, Py_ssize_t features, Py_ssize_t inner, int itemsize, int threads):
     """How a job of this shape is cut, for tests and for the curious."""
     cdef Job job
+    if min(outer, features, inner, threads) < 1 or itemsize not in (4, 8):
+        raise ValueError("expected sizes and threads >= 1, and an itemsize of 4 or 8")
     memset(&job, 0, sizeof(Job))
     job.outer, job.features, job.inner = outer, features, inner
     cut(&job, itemsize, threads, NULL, False)

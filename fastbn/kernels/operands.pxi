@@ -38,7 +38,7 @@ cdef bint read(object array, Operand *o) noexcept:
     a = array
     dtype = np.PyArray_TYPE(a)
     o.ndim = np.PyArray_NDIM(a)
-    if (o.ndim > MAX_DIMS or (dtype != np.NPY_FLOAT32 and dtype != np.NPY_FLOAT64)
+    if (not 0 < o.ndim <= MAX_DIMS or (dtype != np.NPY_FLOAT32 and dtype != np.NPY_FLOAT64)
             or not np.PyArray_ISALIGNED(a) or not np.PyArray_ISNOTSWAPPED(a)):
         return False
     o.data = np.PyArray_BYTES(a)
@@ -89,13 +89,13 @@ cdef bint dense(const Operand *o, int *order) noexcept:
 
 cdef bint contiguous(const Operand *o) noexcept:
     """Whether an array is dense in C order."""
-    cdef int order[MAX_DIMS]
+    cdef Py_ssize_t expected = o.itemsize
     cdef int k
-    if not dense(o, order):
-        return False
-    for k in range(1, o.ndim):
-        if o.shape[k] != 1 and o.shape[k - 1] != 1 and o.strides[k] > o.strides[k - 1]:
-            return False
+    for k in range(o.ndim - 1, -1, -1):
+        if o.shape[k] != 1:
+            if o.strides[k] != expected:
+                return False
+            expected *= o.shape[k]
     return True
 
 

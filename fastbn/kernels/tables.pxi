@@ -13,10 +13,11 @@ def merge(table, other):
     cdef const double *p
     cdef const double *q
     cdef double count, delta, weight, mean, low
+    if not (read_table(table, &a) and read_table(other, &b)) or a.shape[1] != b.shape[1]:
+        raise ValueError(f"expected two tables of {TABLE} rows and as many features")
     merged = new_like(table)
-    read(table, &a)
-    read(other, &b)
-    read(merged, &o)
+    if not read_table(merged, &o):
+        raise ValueError("expected the table of a Moments to stay as it is")
     n = a.shape[1]
     for f in range(n):
         p, q, to = <double *> a.data + f, <double *> b.data + f, <double *> o.data + f
