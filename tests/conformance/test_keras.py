@@ -30,7 +30,7 @@ def results(tmp_path_factory):
         f"runpy.run_path({str(script)!r}, run_name='__main__')"
     )
     settings = {"KERAS_HOME": str(folder), "KERAS_BACKEND": "torch"}
-    done = run_python(code, "-W", "ignore", **settings)
+    done = run_python(code, "-W", "ignore", timeout=600, **settings)
     assert done.returncode == 0, done.stderr
     return pickle.loads((folder / "results").read_bytes())
 

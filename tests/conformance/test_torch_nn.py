@@ -18,8 +18,7 @@ half_overflow                                         holds; here
 load_state_dict (partial, onto meta)                  holds; here
 batch_norm_update_stats of an empty batch             no such function
 eval, affine, simple_average, grad (device tests)     hold; here
-BatchNorm_empty                                       holds, but the running statistics stay as they
-                                                      were (PyTorch's become NaN); test_torch.py
+BatchNorm_empty                                       holds; test_torch.py, test_torch_gradients.py
 large_batch                                           holds; here
 fusion with convolution and linear layers             holds; here
 those of CUDA, cuDNN and MIOpen                       the CPU alone
