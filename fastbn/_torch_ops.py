@@ -8,6 +8,7 @@ eager mode goes straight to the function, which computes the same.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -140,22 +141,25 @@ def _double_backward(
     differentiated further.
     """
     dims = [k for k in range(x.dim()) if k != 1]
+    n = math.prod(x.shape[k] for k in dims)
 
     def spread(t: Tensor) -> Tensor:
         return t.double().reshape(-1, *[1] * (x.dim() - 2))
 
     def mean(t: Tensor) -> Tensor:
-        return t.mean(dims, keepdim=True)
+        return t.sum(dims, keepdim=True) / max(n, 1)  # of an empty batch 0, as sums over it are
 
     def project(t: Tensor) -> Tensor:
         return t - mean(t) - xhat * mean(t * xhat) if frozen is None else t
 
     g, u, v, w = dy.double(), grads[0].double(), spread(grads[1]), spread(grads[2])
     gamma = 1.0 if weight is None else spread(weight)
-    if frozen is None:
-        var, center = torch.var_mean(x.double(), dims, correction=0, keepdim=True)
-    else:
+    if frozen is not None:
         center, var = (spread(t) for t in frozen)
+    elif x.numel():
+        var, center = torch.var_mean(x.double(), dims, correction=0, keepdim=True)
+    else:  # of no consequence, but for NaN
+        center, var = mean(x.double()), mean(x.double().square())
     s = torch.where(var + eps == 0, torch.inf, var + eps).rsqrt()
     xhat = (x.double() - center) * s
     pu = project(u)
@@ -169,7 +173,7 @@ def _double_backward(
     ddy = gamma * s * pu + v * xhat + w
     dgamma = None
     if weight is not None:
-        dgamma = (pug.flatten() * (x.numel() / x.shape[1])).to(weight.dtype)
+        dgamma = (pug.flatten() * n).to(weight.dtype)
     return ddy.to(x.dtype), dx.to(x.dtype), dgamma
 
 

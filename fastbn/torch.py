@@ -154,7 +154,7 @@ def _check(
             raise ValueError(f"{name}: there is no gradient, expected a tensor without")
     if running_mean is None and not training:
         raise ValueError("running_mean: expected a tensor where training=False, got None")
-    if training and input.numel() == features:
+    if training and 0 < input.numel() == features:
         raise ValueError(
             f"input: expected more than 1 value per channel when training, "
             f"got shape {tuple(input.shape)}"

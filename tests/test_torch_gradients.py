@@ -166,6 +166,24 @@ def test_constant_features(training):
     assert (x.grad[:, 1] != 0).any()
 
 
+@ways
+@trainings
+@pytest.mark.parametrize("shape", [(0, C), (0, C, 4), (2, C, 0), (4, 0), (4, 0, 3)])
+def test_nothing_at_all(shape, training, way, monkeypatch):
+    """An empty batch, and no features: gradients of any order are sums of no terms."""
+    for name in ("MEAN", "VAR"):
+        monkeypatch.setitem(globals(), name, globals()[name][: shape[1]])
+    x, dy = (torch.ones(shape, dtype=F64, requires_grad=True) for _ in range(2))
+    leaves = [x, *(torch.ones(shape[1], dtype=F64, requires_grad=True) for _ in range(2))]
+    grads = torch.autograd.grad(way(training)(*leaves), leaves, dy, create_graph=True)
+    for order in (1, 2, 3):
+        for leaf, grad in zip(leaves, grads):
+            assert grad is None or grad.shape == leaf.shape, order
+            assert grad is None or (grad == 0).all(), order
+        total = sum((grad.sum() for grad in grads if grad is not None), 0 * x.sum())
+        grads = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
+
+
 @trainings
 def test_not_a_number_is_not_hidden_in_second_derivatives(training):
     x, weight, bias = leaves()
