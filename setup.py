@@ -34,10 +34,12 @@ COMMON = [
     "-g0",
     "-DCYTHON_INLINE=inline __attribute__((always_inline))",
 ]
+# GCC's: two passes that took a third of a compilation of three minutes and made nothing faster.
+TUNING = {"_generic": ["-fno-gcse-after-reload", "-fno-tree-pre"]}
+# Without these a module is not what its name says, and is left out.
 FLAGS = {
     "_cpu": [],
-    # Two passes that took a third of a compilation of three minutes and made nothing faster.
-    "_generic": ["-fno-gcse-after-reload", "-fno-tree-pre"],
+    "_generic": [],
     "_avx2": ["-mavx2", "-mfma"],
     "_avx512": [
         "-mavx512f",
@@ -76,7 +78,8 @@ class BuildKernels(build_ext):
             if flags and not self.accepts(flags):
                 print(f"fastbn: the compiler does not know {' '.join(flags)}; leaving out {name}")
                 continue
-            common = ["/O2"] if msvc else [f for f in COMMON if self.accepts([f])]
+            wanted = [*COMMON, *TUNING.get(name, [])]
+            common = ["/O2"] if msvc else [f for f in wanted if self.accepts([f])]
             if DEBUG:
                 common += ["-O0", "-g"]
             extension.extra_compile_args = common + openmp_flags + flags + LAST
