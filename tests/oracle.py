@@ -57,13 +57,15 @@ def moments(x, *, axis=1):
 
 
 def mean_of(m):
-    """A Moments' mean, with the digits that float64 does not hold."""
-    _, mean, _, low = m._table
-    return mean.astype(np.longdouble) + low
+    """A Moments' mean for `Given`: with the digits that float64 does not hold, nor long double."""
+    return m.mean, m._table[3]
 
 
 class Given:
-    """What normalising x with given statistics, and its gradients, should be."""
+    """What normalising x with given statistics, and its gradients, should be.
+
+    `mean` may be a pair that is added up.
+    """
 
     def __init__(self, x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-5):
         self.axis, self.dtype = axis, x.dtype
@@ -74,9 +76,10 @@ class Given:
         self.gamma = self.spread(ones if gamma is None else np.asarray(gamma, wide), x.ndim)
         self.beta = self.spread(0 * ones if beta is None else np.asarray(beta, wide), x.ndim)
         self.scale = self.gamma * self.spread(over, x.ndim)
-        mean = np.asarray(mean)
-        high = mean.astype(wide)
-        away = x - self.spread(high, x.ndim) - self.spread((mean - high).astype(wide), x.ndim)
+        parts = mean if isinstance(mean, tuple) else (mean,)
+        away = x
+        for part in parts:
+            away = away - self.spread(np.asarray(part, wide), x.ndim)
         self.xhat = away * self.spread(over, x.ndim)
 
     def spread(self, values, ndim):
