@@ -49,6 +49,12 @@ def mean_and_var(stats: Stats, features: int) -> tuple[Array, Array]:
     return mean, var
 
 
+def statistics(stats: Stats, features: int) -> tuple[Array, Array | None]:
+    """The same as the kernels take them, as `given`: a table has the mean's low-order part too."""
+    pair = mean_and_var(stats, features)
+    return (stats._table, None) if isinstance(stats, Moments) else pair
+
+
 class Checked(NamedTuple):
     """The arguments that every operation has, checked, and the layout they share."""
 

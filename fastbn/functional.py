@@ -21,7 +21,7 @@ from fastbn._arguments import (
     per_feature,
     per_feature_or_none,
 )
-from fastbn._checked import Stats, check, given, mean_and_var
+from fastbn._checked import Stats, check, given, mean_and_var, statistics
 from fastbn._layout import Array, layout_of
 from fastbn._samples import NanPolicy, check_samples, given_samples, refuse_nan
 from fastbn.statistics import Moments
@@ -176,7 +176,7 @@ def normalize(
             return y
     c = check(x, "x", gamma, beta, axis, eps, out, activation, residual)
     samples = check_samples(c.x, c.axis, c.layout, None, where, nan)
-    mean, var = mean_and_var(stats, c.features)
+    mean, var = statistics(stats, c.features)
     if c.x.size == 0:
         return np.empty(c.x.shape, c.dtype) if c.out is None else c.out
     if nan == "raise":
@@ -352,7 +352,7 @@ def batch_norm_backward(
         c = check(x, "x", gamma, beta, axis, eps, out, activation, residual)
         g = check_like(dy, "dy", c.x, None)
         samples = check_samples(c.x, c.axis, c.layout, weights, where, nan)
-        mean, var = mean_and_var(stats, c.features)
+        mean, var = statistics(stats, c.features)
         if c.x.size == 0:
             dx = np.empty(c.x.shape, c.dtype) if c.out is None else c.out
             dresidual = None if c.residual is None else np.empty(c.x.shape, c.dtype)

@@ -38,11 +38,16 @@ def _column(value: Any, default: float) -> Any:
     return default if value is None else np.asarray(value, np.float64)[:, np.newaxis]
 
 
-def _mean_and_std(stats: Any, eps: float) -> tuple[Array, Array]:
-    """Columns (features, 1); std is infinite where it would be 0, so that x becomes beta."""
+def _normalized(rows: Array, stats: Any, eps: float) -> tuple[Array, Array]:
+    """(xhat, std), std as a column; it is infinite where it would be 0, so that x becomes beta.
+
+    Moments know more digits of the mean than a float64 has: the rest is taken off separately.
+    """
     mean, var = stats if isinstance(stats, tuple) else (stats.mean, stats.var)
+    rest = stats._table[3] if isinstance(stats, Moments) else None
     std = np.sqrt(np.asarray(var, np.float64) + eps)
-    return _column(mean, 0), np.where(std == 0, np.inf, std)[:, np.newaxis]
+    std = np.where(std == 0, np.inf, std)[:, np.newaxis]
+    return (rows - _column(mean, 0) - _column(rest, 0)) / std, std
 
 
 def _samples(x: Any, axis: int, weights: Any, where: Any, nan: str) -> tuple[Array, Array]:
@@ -77,7 +82,12 @@ def moments(
         deviations = np.where(w > 0, rows - first[:, np.newaxis], 0)
         mean = (w * deviations).sum(axis=1) / n
         away = np.where(w > 0, deviations - mean[:, np.newaxis], 0)
-        return Moments(n, first + mean, (w * away**2).sum(axis=1))
+        m2 = (w * away**2).sum(axis=1)
+        # first + mean, rounded, and what that cuts off (Knuth).
+        total = first + mean
+        part = total - first
+        rest = (first - (total - part)) + (mean - part)
+    return Moments._wrap(np.stack([n, total, m2, np.where(np.isfinite(rest), rest, 0)]))
 
 
 def normalize(
@@ -93,10 +103,9 @@ def normalize(
     where: Any = None,
     nan: str = "propagate",
 ) -> Array:
-    mean, std = _mean_and_std(stats, eps)
     _, kept = _samples(x, axis, None, where, nan)
-    rows = np.where(kept, _by_feature(x, axis), 0)
-    y = (rows - mean) / std * _column(gamma, 1) + _column(beta, 0)
+    xhat, _ = _normalized(np.where(kept, _by_feature(x, axis), 0), stats, eps)
+    y = xhat * _column(gamma, 1) + _column(beta, 0)
     if residual is not None:
         y = y + _by_feature(residual, axis)
     if activation == "relu":
@@ -138,9 +147,9 @@ def batch_norm_backward(
     where: Any = None,
     nan: str = "propagate",
 ) -> tuple[Array, ...]:
-    mean, std = _mean_and_std(stats, eps)
     w, kept = _samples(x, axis, weights, where, nan)
-    xhat = np.where(kept, (np.where(kept, _by_feature(x, axis), 0) - mean) / std, 0)
+    xhat, std = _normalized(np.where(kept, _by_feature(x, axis), 0), stats, eps)
+    xhat = np.where(kept, xhat, 0)
     g = np.where(kept, _by_feature(dy, axis), 0)
     if activation == "relu":
         y = xhat * _column(gamma, 1) + _column(beta, 0)

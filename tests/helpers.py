@@ -58,6 +58,28 @@ TALL = {"rows, tiles, two-phase": ((3101, 515), 1)}
 STREAMED = {"rows, streamed": ((17011, 257), 1), "planes, streamed": ((5, 3, 300007), 1)}
 BIG = {**LARGE, **TALL, **STREAMED}
 
+# An even number of samples of each feature, all in one chunk.
+ONE_CHUNK = [
+    ((2,), 0), ((16,), 0), ((1010,), 0), ((2, 3), 1), ((8, 1), 1), ((16, 65), 1), ((64, 10), 1),
+    ((64, 513), 1), ((128, 31), 1), ((130, 3), 1), ((1010, 3), 1), ((1030, 7), 1), ((3, 64), 0),
+    ((4, 3, 7), 1), ((4, 3, 7), -1), ((2, 3, 17), 1), ((3, 64, 5), 0), ((130, 3, 5), 1),
+    ((64, 3, 1), 1), ((6, 2, 513), 1), ((2, 5, 3, 8), 1), ((2, 5, 3, 8), -1), ((2, 3, 4, 5, 7), 2),
+]  # fmt: skip
+
+# Several chunks of an even number of samples of each feature. Neighbouring samples are a pair,
+# so that the mean of each chunk is exact as well, and merging them rounds nothing.
+CHUNKS = [
+    ((100010, 3), 1), ((2000, 300), 1), ((400, 1004), 1), ((1000, 5, 100), 1), ((300, 2, 6), 1),
+    ((2, 3, 40000), 1), ((36, 33, 600), 1), ((300000,), 0), ((3, 40000), 0),
+]  # fmt: skip
+
+# Two chunks of as many samples, a power of two: then the chunks' means and their merge are exact in
+# any order too.
+TWO_CHUNKS = [
+    ((32768,), 0), ((256, 512), 1), ((2048, 64), 1), ((3, 32768), 0),
+    ((2, 3, 16384), 1), ((2, 3, 128, 128), 1), ((32, 8, 8, 64), -1), ((256, 128, 4), 1),
+]  # fmt: skip
+
 KINDS = ("offset 0", "offset 1e3", "offset 1e6", "constant", "outlier first")
 
 

@@ -56,8 +56,16 @@ def moments(x, *, axis=1):
     )
 
 
+def mean_of(m):
+    """A Moments' mean for `Given`: with the digits that float64 does not hold, nor long double."""
+    return m.mean, m._table[3]
+
+
 class Given:
-    """What normalising x with given statistics, and its gradients, should be."""
+    """What normalising x with given statistics, and its gradients, should be.
+
+    `mean` may be a pair that is added up.
+    """
 
     def __init__(self, x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-5):
         self.axis, self.dtype = axis, x.dtype
@@ -68,7 +76,11 @@ class Given:
         self.gamma = self.spread(ones if gamma is None else np.asarray(gamma, wide), x.ndim)
         self.beta = self.spread(0 * ones if beta is None else np.asarray(beta, wide), x.ndim)
         self.scale = self.gamma * self.spread(over, x.ndim)
-        self.xhat = (x - self.spread(np.asarray(mean, wide), x.ndim)) * self.spread(over, x.ndim)
+        parts = mean if isinstance(mean, tuple) else (mean,)
+        away = x
+        for part in parts:
+            away = away - self.spread(np.asarray(part, wide), x.ndim)
+        self.xhat = away * self.spread(over, x.ndim)
 
     def spread(self, values, ndim):
         return spread(values, ndim, self.axis)
@@ -135,7 +147,7 @@ def check(bn, x, axis, options, what, eps=1e-5):
     y, m = bn.batch_norm(x, gamma, beta, **fused)
     check_moments(m, x, axis, what)
     assert m == bn.moments(x, axis=axis), what
-    given = Given(x, m.mean, m.var, gamma, beta, axis=axis, eps=eps)
+    given = Given(x, mean_of(m), m.var, gamma, beta, axis=axis, eps=eps)
     assert y.dtype == x.dtype
     given.forward(residual, activation == "relu").check(y, f"y, {what}")
     alone = bn.normalize(x, m, gamma, beta, **fused)

@@ -10,22 +10,10 @@ import numpy as np
 import oracle
 import pytest
 import tolerances
-from helpers import by_feature, cases, features_of, make, spread
+from helpers import CHUNKS, ONE_CHUNK, TWO_CHUNKS, by_feature, cases, features_of, make, spread
 
-# An even number of samples of each feature, all in one chunk.
-ONE_CHUNK = [
-    ((2,), 0), ((16,), 0), ((1010,), 0), ((2, 3), 1), ((8, 1), 1), ((16, 65), 1), ((64, 10), 1),
-    ((64, 513), 1), ((128, 31), 1), ((130, 3), 1), ((1010, 3), 1), ((1030, 7), 1), ((3, 64), 0),
-    ((4, 3, 7), 1), ((4, 3, 7), -1), ((2, 3, 17), 1), ((3, 64, 5), 0), ((130, 3, 5), 1),
-    ((64, 3, 1), 1), ((6, 2, 513), 1), ((2, 5, 3, 8), 1), ((2, 5, 3, 8), -1), ((2, 3, 4, 5, 7), 2),
-]  # fmt: skip
-
-# Several chunks of an even number of samples of each feature. Neighbouring samples are a pair,
-# so that the mean of each chunk is exact as well, and merging them rounds nothing.
-CHUNKS = [
-    ((100010, 3), 1), ((2000, 300), 1), ((400, 1004), 1), ((1000, 5, 100), 1), ((300, 2, 6), 1),
-    ((2, 3, 40000), 1), ((36, 33, 600), 1), ((300000,), 0), ((3, 40000), 0),
-]  # fmt: skip
+import fastbn
+import fastbn._runtime
 
 
 def pairs(shape, axis, dtype, *, shuffled, same=False):
@@ -67,6 +55,8 @@ def check_exact(bn, shape, axis, dtype, shuffled):
     np.testing.assert_array_equal(m.m2, n * d**2)
     np.testing.assert_array_equal(m.std, d)
     np.testing.assert_array_equal(y, sign * wide(gamma) + wide(beta))
+    np.testing.assert_array_equal(bn.normalize(x, m, gamma, beta, axis=axis, eps=0), y)
+    np.testing.assert_array_equal(bn.denormalize(y, m, gamma, beta, axis=axis, eps=0), x)
 
     g = dy * (y > 0)
     dbeta, dgamma = by_feature(g, axis).sum(axis=1), by_feature(g * sign, axis).sum(axis=1)
@@ -90,6 +80,38 @@ def test_pairs_in_any_order(shape, axis, dtype, implementation):
 @pytest.mark.parametrize(("shape", "axis"), cases(CHUNKS))
 def test_pairs_in_several_chunks(shape, axis, dtype, implementation):
     check_exact(implementation, shape, axis, dtype, shuffled=False)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("shape", "axis"), cases(TWO_CHUNKS))
+def test_pairs_in_any_order_of_two_chunks(shape, axis, dtype, implementation):
+    check_exact(implementation, shape, axis, dtype, shuffled=True)
+
+
+@pytest.mark.parametrize(("shape", "axis"), cases(TWO_CHUNKS))
+def test_there_are_two_equal_chunks(shape, axis, simd):
+    features = features_of(shape, axis)
+    outer = 1 if len(shape) == 1 else int(np.prod(shape[: axis % len(shape)]))
+    inner = int(np.prod(shape)) // features // outer
+    plan = fastbn._runtime.kernels.plan(outer, features, inner, 8, 1)
+    assert (plan["chunks"], plan["rest"], outer * inner & (outer * inner - 1)) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("shape", "axis"), cases(CHUNKS))
+def test_gradients_in_any_order_of_many_chunks(shape, axis, dtype, implementation):
+    """Sums of chunks round nothing, with the statistics given. A chunk's own mean would."""
+    x, sign, mean, d = pairs(shape, axis, dtype, shuffled=True)
+    n = x.size // len(mean)
+    m = fastbn.Moments(np.full(len(mean), n), mean, n * d**2)
+    dy = np.random.default_rng(n).integers(-4, 5, shape).astype(dtype)
+    for activation in (None, "relu"):
+        _, dgamma, dbeta = implementation.batch_norm_backward(
+            dy, x, m, axis=axis, eps=0, activation=activation
+        )
+        g = by_feature(dy * (sign > 0) if activation else dy, axis)
+        np.testing.assert_array_equal(dbeta, g.sum(axis=1))
+        np.testing.assert_array_equal(dgamma, (g * by_feature(sign, axis)).sum(axis=1))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -160,7 +182,7 @@ def test_rational_arithmetic(kind, dtype, implementation):
         x = make(kind, shape, 1, dtype)
         y, m = implementation.batch_norm(x)
         wide_mean, wide_m2 = oracle.moments(x)
-        wide_y = oracle.Given(x, m.mean, m.var).forward()
+        wide_y = oracle.Given(x, oracle.mean_of(m), m.var).forward()
         for f, row in enumerate(by_feature(x, 1)):
             mean, m2 = rational_moments(row)
             for exact, actual, wide in ((mean, m.mean, wide_mean), (m2, m.m2, wide_m2)):
@@ -169,9 +191,10 @@ def test_rational_arithmetic(kind, dtype, implementation):
                 assert abs(Fraction(float(wide.exact[f])) - exact) <= limit / 4, shape
             # y, given the statistics
             std = root(Fraction(m.var[f]) + Fraction(1e-5))
+            mean = Fraction(m.mean[f]) + Fraction(m._table[3, f])
             values = zip(row.tolist(), by_feature(y, 1)[f].tolist(), by_feature(wide_y.exact, 1)[f])
             for value, actual, wide in values:
-                exact = (Fraction(value) - Fraction(m.mean[f])) / std
+                exact = (Fraction(value) - mean) / std
                 size = max(1, abs(float(exact)))
                 assert abs(Fraction(actual) - exact) <= tolerances.Y[x.dtype] * unit * size, shape
                 assert abs(Fraction(float(wide)) - exact) <= 4 * eps64 * size, shape

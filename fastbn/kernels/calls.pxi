@@ -201,6 +201,7 @@ cdef bint statistics(Call *call, object mean, object var) except -1:
     call.job.count = <double *> o.data
     call.job.mean = <double *> o.data + n
     call.job.m2 = <double *> o.data + 2 * n
+    call.job.low = <double *> o.data + 3 * n
     return True
 
 

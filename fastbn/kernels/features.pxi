@@ -194,6 +194,17 @@ cdef d8 units(const Job *job, const pack *tag, d8 std) noexcept nogil:
     return load(<d8 *> s, 0, 8)
 
 
+cdef inline d8 residue_of(const Job *job, const pack *tag, Py_ssize_t f, int k,
+                          d8 unit) noexcept nogil:
+    """What the center leaves of the mean, which x's dtype does not hold. In float64 that is the
+    mean's low-order part: without it 1e8 +- 1 would come out normalised to 8 digits."""
+    cdef d8 mean = mul(load(<d8 *> job.mean, f, k), unit)
+    cdef d8 residue = sub(mean, widen(<pack *> job.center, f, k))
+    if job.low != NULL:
+        residue = add(residue, mul(load(<d8 *> job.low, f, k), unit))
+    return residue
+
+
 cdef void forward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
                              Py_ssize_t f1) noexcept nogil:
     """Parameters of y = (x - mean) / sqrt(var + eps) * gamma + beta (Ioffe & Szegedy 2015).
@@ -204,16 +215,14 @@ cdef void forward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
     """
     cdef Py_ssize_t f
     cdef int k
-    cdef d8 mean, std, unit, scale, residue
-    cdef pack *center = <pack *> job.center
+    cdef d8 std, unit, scale, residue
     for f in range(f0, f1, 8):
         k = <int> min(8, f1 - f)
         std = std_of(job, f, k)
         unit = units(job, tag, std)
-        mean = mul(load(<d8 *> job.mean, f, k), unit)
         scale = by_unit(job, over(or_else(job.gamma, f, k, 1), std), unit)
-        narrow(center, f, k, mean)
-        residue = sub(mean, widen(center, f, k))
+        narrow(<pack *> job.center, f, k, mul(load(<d8 *> job.mean, f, k), unit))
+        residue = residue_of(job, tag, f, k, unit)
         narrow(<pack *> job.unit, f, k, unit)
         narrow(<pack *> job.scale, f, k, scale)
         narrow(<pack *> job.shift, f, k, sub(or_else(job.beta, f, k, 0), mul(residue, scale)))
@@ -242,7 +251,7 @@ cdef void backward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
             slope = sub(zero, slope)
             slope_x = over(d8_div(load(<d8 *> job.dgamma, f, k), n), mul(std, unit))
             slope_x = mul(slope, slope_x)
-            residue = sub(mul(load(<d8 *> job.mean, f, k), unit), widen(<pack *> job.center, f, k))
+            residue = residue_of(job, tag, f, k, unit)
             narrow(<pack *> job.slope_x, f, k, slope_x)
             narrow(<pack *> job.level, f, k,
                    sub(mul(slope, d8_div(load(<d8 *> job.dbeta, f, k), n)), mul(slope_x, residue)))
@@ -252,7 +261,7 @@ cdef void merge_gradients(const Job *job, Py_ssize_t f0, Py_ssize_t f1) noexcept
     """dbeta = sum(g) and dgamma = sum(g xhat) from the chunks, in order."""
     cdef Py_ssize_t c, f
     cdef int k
-    cdef d8 value
+    cdef d8 value, low
     cdef double *dbeta = job.dbeta
     cdef double *dgamma = job.dgamma
     cdef const double *sum_g = job.part_a
@@ -266,10 +275,15 @@ cdef void merge_gradients(const Job *job, Py_ssize_t f0, Py_ssize_t f1) noexcept
         for f in range(f0, f1):
             dbeta[f] = dbeta[f] + sum_g[f]
             dgamma[f] = dgamma[f] + sum_gx[f]
-    # What was summed is g (x - mean): its terms have the 1 / std in common.
+    # What was summed is g (x - mean): its terms have the 1 / std in common. The mean's low-order
+    # part is the same for all terms, and so is taken off their sum.
     for f in range(f0, f1, 8):
         k = <int> min(8, f1 - f)
-        value = over(load(<d8 *> dgamma, f, k), std_of(job, f, k))
+        value = load(<d8 *> dgamma, f, k)
+        if job.low != NULL:
+            low = mul(load(<d8 *> job.low, f, k), load(<d8 *> dbeta, f, k))
+            value = sub(value, d8_finite_or_zero(low))
+        value = over(value, std_of(job, f, k))
         if job.total != NULL:               # a feature without data has no std
             value = where(load(<d8 *> job.total, f, k), value)
         store(<d8 *> dgamma, f, k, value)

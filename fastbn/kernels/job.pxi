@@ -62,7 +62,7 @@ cdef struct Job:
     # Per feature, float64, shape (features,). The variance is m2 / count, or m2 / n.
     double *mean
     double *m2
-    double *low                             # what float64 does not hold of the mean
+    double *low                             # what float64 does not hold of the mean; or NULL
     double *count                           # or NULL
     double n
     const double *total                     # backward: samples of each feature, NULL for all
