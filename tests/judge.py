@@ -122,7 +122,7 @@ class Elements:
         size, through, from_sums = np.abs(g), 0, 0
         unit = tolerances.DX[self.x.dtype]
         if training:
-            share = self.w / np.where(n > 0, n, 1) if np.ndim(n) == 0 else self.w / self.spread(n)
+            share = self.w / self.spread(np.where(n > 0, n, 1))
             unit += 2 * ("weights" in self.given)  # one rounding more, and one of the weight
             a, c = (self.spread(v.exact) for v in sums)
             through = share * (c + a * xhat)
@@ -151,7 +151,7 @@ class Elements:
         """Where no sign of y hangs on its rounding."""
         b = self.batch
         again = reference.batch_norm_backward(
-            b.get("dy"), b.x, stats, *b.affine, **b.fused, **self.mask,
+            b.get("dy").astype(self.x.dtype), b.x, stats, *b.affine, **b.fused, **self.mask,
             weights=self.given.get("weights"), training=training,
         )  # fmt: skip
         (dgamma, dbeta), limit = limits

@@ -6,27 +6,10 @@ from __future__ import annotations
 import contextlib
 
 import judge
-import numpy as np
-import pytest
-import tolerances
-from helpers import assert_within, bits
+from helpers import bits
 from strategies import batches, property_test, running, st
 
 import fastbn
-from fastbn import reference
-
-
-def refused(batch):
-    """Whether nan="raise" has something to refuse."""
-    if batch.nan != "raise" or batch.x.dtype.kind != "f":
-        return False
-    with np.errstate(invalid="ignore"):
-        kept = judge.Elements(batch, *neutral(batch)).kept
-    return bool((np.isnan(batch.x) & kept).any())
-
-
-def neutral(batch):
-    return np.zeros(batch.features), np.ones(batch.features)
 
 
 @contextlib.contextmanager

@@ -272,4 +272,6 @@ cdef void merge_gradients(const Job *job, Py_ssize_t f0, Py_ssize_t f1) noexcept
         value = over(load(<d8 *> dgamma, f, k), std_of(job, f, k))
         if job.total != NULL:               # a feature without data has no std
             value = where(load(<d8 *> job.total, f, k), value)
+        elif job.shared:                    # nor has one of which nothing is kept
+            value = where(load(<d8 *> dgamma, f, k), value)
         store(<d8 *> dgamma, f, k, value)
