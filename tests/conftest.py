@@ -8,6 +8,7 @@ import pytest
 # How many cases property tests draw, in percent. The first two draw the same ones in every run;
 # `pytest --slow --hypothesis-profile=search --hypothesis-seed=1` draws others.
 SAME = {"deadline": None, "database": None, "derandomize": True}
+SAME["suppress_health_check"] = [hypothesis.HealthCheck.too_slow]  # as any is on a busy machine
 hypothesis.settings.register_profile("quick", max_examples=100, **SAME)
 hypothesis.settings.register_profile("slow", max_examples=2000, **SAME)
 OTHERS = {**SAME, "derandomize": False, "print_blob": True}

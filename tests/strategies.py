@@ -214,20 +214,27 @@ KINDS = ("offset 0", "offset 1e3", "offset 1e6", "constant", "outlier first", "f
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def one_feature(kind, n, dtype, rng):
-    """n values."""
-    x = rng.standard_normal(n) * 2.0 ** rng.integers(-3, 4) + rng.uniform(-1, 1)
+def rows_of(kind, features, n, dtype, rng):
+    """(features, n) values, each row with a mean and a spread of its own."""
+
+    def one_of(values):
+        return rng.choice(values, (features, 1))
+
+    x = rng.standard_normal((features, n)) * one_of(2.0 ** np.arange(-3, 4))
+    x += rng.uniform(-1, 1, (features, 1))
     if kind.startswith("offset"):
-        x += float(kind.partition(" ")[2]) * rng.choice([-1, 1])
+        x += float(kind.partition(" ")[2]) * one_of([-1, 1])
     elif kind == "constant":
-        x[:] = rng.choice([0, 0.1, -3e5, 1e-20, 1e6 + 0.3])
+        x[:] = one_of([0, 0.1, -3e5, 1e-20, 1e6 + 0.3])
     elif kind == "outlier first":  # the element that a pivot is taken from
-        x[:1] = rng.choice([1e4, -1e6, 1e8])
+        x[:, :1] = one_of([1e4, -1e6, 1e8])
     elif kind == "few values":
-        x = rng.integers(-2, 3, n).astype(float)
+        x = rng.integers(-2, 3, (features, n)).astype(float)
     elif kind == "neighbours":  # which differ in their last bit
-        x = np.full(n, rng.choice([1.0, -1e3, 16777215.0, 3e7]), dtype)
-        return np.where(rng.random(n) < rng.random(), np.nextafter(x, x.dtype.type(0)), x)
+        x[:] = one_of([1.0, -1e3, 16777215.0, 3e7])
+        x = x.astype(dtype)
+        other = rng.random((features, n)) < rng.random((features, 1))
+        return np.where(other, np.nextafter(x, x.dtype.type(0)), x)
     elif kind == "tiny":
         x *= 2.0**-60
     elif kind == "huge":
@@ -244,8 +251,9 @@ def values(shape, axis, dtype, kinds, rng):
     features = features_of(shape, axis)
     n = int(np.prod(shape)) // max(1, features)
     rows = np.empty((features, n), dtype)
-    for f in range(features):
-        rows[f] = one_feature(kinds[f % len(kinds)], n, dtype, rng)
+    for k, kind in enumerate(kinds):
+        some = rows[k :: len(kinds)]
+        some[...] = rows_of(kind, len(some), n, dtype, rng)
     if len(shape) == 1:
         return rows[0]
     moved = np.moveaxis(np.empty(shape, "?"), axis, 0).shape

@@ -153,8 +153,12 @@ cdef inline d8 std_of(const Job *job, Py_ssize_t f, int k) noexcept nogil:
 
 
 cdef inline d8 over(d8 value, d8 std) noexcept nogil:
-    """value / std, and 0 for a constant feature without eps."""
-    return where_positive(std, d8_div(value, std))
+    """value / std, and 0 for a constant feature without eps, or a variance beyond the range.
+
+    The sum in `value` may have overflowed to NaN then, depending on the order of its terms.
+    """
+    value = where_positive(sub(d8_splat(DBL_MAX), std), d8_div(value, std))
+    return where_positive(std, value)
 
 
 cdef inline d8 or_else(Vector values, Py_ssize_t f, int k, double default) noexcept nogil:
@@ -176,6 +180,7 @@ cdef d8 units(const Job *job, const pack *tag, d8 std) noexcept nogil:
 
     1 where the dtype holds them anyway, which is nearly always. Not so: subnormal float32 without
     eps, whose 1 / std is no float32, or values near the largest one, whose differences are not.
+    Where even the variance is infinite, differences of a quarter of x are finite.
     """
     cdef double widest = 2.0 ** 30 if pack is f16 else 2.0 ** 300
     cdef int most = 126 if pack is f16 else 1020, k
@@ -186,7 +191,10 @@ cdef d8 units(const Job *job, const pack *tag, d8 std) noexcept nogil:
         return one
     store(<d8 *> s, 0, 8, std)
     for k in range(8):
-        if s[k] > 0 and s[k] <= DBL_MAX and not 1 / widest < s[k] < widest:
+        if s[k] > DBL_MAX:
+            s[k] = 0.25
+            job.extreme[0] = True
+        elif s[k] > 0 and not 1 / widest < s[k] < widest:
             s[k] = ldexp(1, max(-most, min(most, -ilogb(s[k]))))
             job.extreme[0] = True
         else:
