@@ -66,7 +66,7 @@ class Given:
         self.axis, self.dtype = axis, x.dtype
         self.wide = wide = WIDER[x.dtype]
         std = np.sqrt(np.asarray(var, wide) + wide(eps))
-        over = np.divide(1, std, out=np.zeros_like(std), where=std > 0)
+        over = np.divide(1, std, out=np.zeros_like(std), where=std != 0)
         ones = np.ones_like(std)
         self.gamma = self.spread(ones if gamma is None else np.asarray(gamma, wide), x.ndim)
         self.beta = self.spread(0 * ones if beta is None else np.asarray(beta, wide), x.ndim)

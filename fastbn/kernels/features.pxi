@@ -256,6 +256,31 @@ cdef void backward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
                    sub(mul(slope, d8_div(load(<d8 *> job.dbeta, f, k), n)), mul(slope_x, residue)))
 
 
+cdef double any_kept(const Job *job, Arrays a, const pack *x, Py_ssize_t f) noexcept nogil:
+    """1 if any sample of feature f is kept, else 0."""
+    cdef Py_ssize_t o, i
+    for o in range(job.outer):
+        for i in range(job.inner):
+            if (one_flag(a, o * job.inner + i) != 0 and not
+                    (a.omit and isnan(element(x, (o * job.features + f) * job.inner + i)))):
+                return 1
+    return 0
+
+
+cdef void look_for_data(const Job *job, Arrays a, const pack *x, Py_ssize_t f0,
+                        Py_ssize_t f1) noexcept nogil:
+    """part_n <- 0 for features of which nothing is kept, where frozen statistics are NaN, else 1.
+
+    Then 0 times NaN would be in sums of nothing, or not, depending on the layout. It is done
+    before anything else because dx may be written over x.
+    """
+    cdef Py_ssize_t f
+    cdef double var
+    for f in range(f0, f1):
+        var = job.m2[f] / job.count[f] if job.count != NULL else job.m2[f]
+        job.part_n[f] = any_kept(job, a, x, f) if isnan(job.mean[f] + var) else 1
+
+
 cdef void merge_gradients(const Job *job, Py_ssize_t f0, Py_ssize_t f1) noexcept nogil:
     """dbeta = sum(g) and dgamma = sum(g xhat) from the chunks, in order."""
     cdef Py_ssize_t c, f
@@ -280,6 +305,6 @@ cdef void merge_gradients(const Job *job, Py_ssize_t f0, Py_ssize_t f1) noexcept
         value = over(load(<d8 *> dgamma, f, k), std_of(job, f, k))
         if job.total != NULL:               # a feature without data has no std
             value = where(load(<d8 *> job.total, f, k), value)
-        elif job.shared:                    # nor has one of which nothing is kept
-            value = where(load(<d8 *> dgamma, f, k), value)
+        elif job.shared:
+            value = where(load(<d8 *> job.part_n, f, k), value)
         store(<d8 *> dgamma, f, k, value)
