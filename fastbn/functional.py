@@ -399,8 +399,8 @@ def denormalize(
 ) -> Array:
     """The inverse of `normalize`: ``(y - beta) / gamma * sqrt(var + eps) + mean``.
 
-    Same arguments and errors as `normalize`. A feature with gamma 0 has nothing left of x, and
-    comes back as its mean.
+    Same arguments and errors as `normalize`. A feature with gamma 0 (or an infinite variance) has
+    nothing left of x, and comes back as its mean.
 
     Examples
     --------
@@ -416,6 +416,7 @@ def denormalize(
     gamma = per_feature_or_none(gamma, "gamma", features)
     beta = per_feature_or_none(beta, "beta", features)
     std = np.sqrt(var + check_eps(eps))
+    std[std == np.inf] = 0
     if gamma is not None:
         std = np.divide(std, gamma, out=np.zeros(features), where=gamma != 0)
     center = np.zeros(features) if beta is None else beta

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
+
+# How many cases property tests draw, in percent. The first two draw the same ones in every run;
+# `pytest --slow --hypothesis-profile=search --hypothesis-seed=1` draws others.
+SAME = {"deadline": None, "database": None, "derandomize": True}
+SAME["suppress_health_check"] = [hypothesis.HealthCheck.too_slow]  # as any is on a busy machine
+hypothesis.settings.register_profile("quick", max_examples=100, **SAME)
+hypothesis.settings.register_profile("slow", max_examples=2000, **SAME)
+OTHERS = {**SAME, "derandomize": False, "print_blob": True}
+hypothesis.settings.register_profile("search", max_examples=2000, **OTHERS)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--hypothesis-profile", None):
+        hypothesis.settings.load_profile("slow" if config.getoption("--slow") else "quick")
     try:
         import fastbn  # noqa: F401
     except ImportError as error:
@@ -30,6 +42,14 @@ def pytest_report_header(config: pytest.Config) -> str:
     from fastbn import _runtime
 
     return "fastbn: " + ", ".join(f"{k} {v}" for k, v in _runtime.config().items())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    import strategies
+
+    if strategies.tried:
+        cases, tests = sum(strategies.tried.values()), len(strategies.tried)
+        terminalreporter.write_line(f"property tests: {cases} cases in {tests} tests")
 
 
 @pytest.hookimpl(trylast=True)  # so that they vary fastest, and a test's data can be kept

@@ -45,8 +45,11 @@ def moments(x, *, axis=1):
     """(mean, m2), of float64 grade for float32 too."""
     rows = by_feature(x, axis, WIDER[x.dtype])
     n = rows.shape[1]
-    mean = _sum(rows) / n
-    away = rows - mean[:, np.newaxis]
+    # From the middle value, so that neighbours of a large number differ exactly.
+    middle = rows[:, n // 2].copy()
+    rows = rows - middle[:, np.newaxis]
+    offset = _sum(rows) / n
+    mean, away = middle + offset, rows - offset[:, np.newaxis]
     m2 = _sum(away * away)
     far, first = np.abs(away).max(axis=1), away[:, 0]
     about_pivot = np.minimum(64 * m2, 16 * m2 + n * first * first)
@@ -71,7 +74,7 @@ class Given:
         self.axis, self.dtype = axis, x.dtype
         self.wide = wide = WIDER[x.dtype]
         std = np.sqrt(np.asarray(var, wide) + wide(eps))
-        over = np.divide(1, std, out=np.zeros_like(std), where=std > 0)
+        over = np.divide(1, std, out=np.zeros_like(std), where=std != 0)
         ones = np.ones_like(std)
         self.gamma = self.spread(ones if gamma is None else np.asarray(gamma, wide), x.ndim)
         self.beta = self.spread(0 * ones if beta is None else np.asarray(beta, wide), x.ndim)

@@ -354,8 +354,10 @@ def backward(dy, x, mean, var, gamma, beta, axis, eps, bint training, out, activ
                 and per_feature(&call, beta, 1, &call.job.beta)
                 and like_x(&call, dy, &call.a.dy)
                 and like_x(&call, residual, &call.a.residual)
-                and samples(&call, weights if training else None, where, omit)):
+                and samples(&call, weights, where, omit)):
             return None
+        if not training:                        # when weights have no part in anything
+            call.a.weights = NULL
         if training and chosen(call.a):
             if total is not None:               # Moments.count, or one like it
                 if (not read(total, &o) or o.itemsize != 8 or o.ndim != 1

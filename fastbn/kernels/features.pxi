@@ -153,8 +153,12 @@ cdef inline d8 std_of(const Job *job, Py_ssize_t f, int k) noexcept nogil:
 
 
 cdef inline d8 over(d8 value, d8 std) noexcept nogil:
-    """value / std, and 0 for a constant feature without eps."""
-    return where_positive(std, d8_div(value, std))
+    """value / std, and 0 for a constant feature without eps, or a variance beyond the range.
+
+    The sum in `value` may have overflowed to NaN then, depending on the order of its terms.
+    """
+    value = where_positive(sub(d8_splat(DBL_MAX), std), d8_div(value, std))
+    return where_positive(std, value)
 
 
 cdef inline d8 or_else(Vector values, Py_ssize_t f, int k, double default) noexcept nogil:
@@ -176,6 +180,7 @@ cdef d8 units(const Job *job, const pack *tag, d8 std) noexcept nogil:
 
     1 where the dtype holds them anyway, which is nearly always. Not so: subnormal float32 without
     eps, whose 1 / std is no float32, or values near the largest one, whose differences are not.
+    Where even the variance is infinite, differences of a quarter of x are finite.
     """
     cdef double widest = 2.0 ** 30 if pack is f16 else 2.0 ** 300
     cdef int most = 126 if pack is f16 else 1020, k
@@ -186,7 +191,10 @@ cdef d8 units(const Job *job, const pack *tag, d8 std) noexcept nogil:
         return one
     store(<d8 *> s, 0, 8, std)
     for k in range(8):
-        if s[k] > 0 and s[k] <= DBL_MAX and not 1 / widest < s[k] < widest:
+        if s[k] > DBL_MAX:
+            s[k] = 0.25
+            job.extreme[0] = True
+        elif s[k] > 0 and not 1 / widest < s[k] < widest:
             s[k] = ldexp(1, max(-most, min(most, -ilogb(s[k]))))
             job.extreme[0] = True
         else:
@@ -257,6 +265,31 @@ cdef void backward_parameters(const Job *job, const pack *tag, Py_ssize_t f0,
                    sub(mul(slope, d8_div(load(<d8 *> job.dbeta, f, k), n)), mul(slope_x, residue)))
 
 
+cdef double any_kept(const Job *job, Arrays a, const pack *x, Py_ssize_t f) noexcept nogil:
+    """1 if any sample of feature f is kept, else 0."""
+    cdef Py_ssize_t o, i
+    for o in range(job.outer):
+        for i in range(job.inner):
+            if (one_flag(a, o * job.inner + i) != 0 and not
+                    (a.omit and isnan(element(x, (o * job.features + f) * job.inner + i)))):
+                return 1
+    return 0
+
+
+cdef void look_for_data(const Job *job, Arrays a, const pack *x, Py_ssize_t f0,
+                        Py_ssize_t f1) noexcept nogil:
+    """part_n <- 0 for features of which nothing is kept, where frozen statistics are NaN, else 1.
+
+    Then 0 times NaN would be in sums of nothing, or not, depending on the layout. It is done
+    before anything else because dx may be written over x.
+    """
+    cdef Py_ssize_t f
+    cdef double var
+    for f in range(f0, f1):
+        var = job.m2[f] / job.count[f] if job.count != NULL else job.m2[f]
+        job.part_n[f] = any_kept(job, a, x, f) if isnan(job.mean[f] + var) else 1
+
+
 cdef void merge_gradients(const Job *job, Py_ssize_t f0, Py_ssize_t f1) noexcept nogil:
     """dbeta = sum(g) and dgamma = sum(g xhat) from the chunks, in order."""
     cdef Py_ssize_t c, f
@@ -286,4 +319,6 @@ cdef void merge_gradients(const Job *job, Py_ssize_t f0, Py_ssize_t f1) noexcept
         value = over(value, std_of(job, f, k))
         if job.total != NULL:               # a feature without data has no std
             value = where(load(<d8 *> job.total, f, k), value)
+        elif job.shared:
+            value = where(load(<d8 *> job.part_n, f, k), value)
         store(<d8 *> dgamma, f, k, value)

@@ -107,13 +107,15 @@ cdef inline void piece_of(const Job *job, Py_ssize_t i, Py_ssize_t *c,
         c[0], g[0] = i % job.chunks, i // job.chunks
 
 
-cdef inline void prepare(const Job *job, const pack *x, Py_ssize_t f0,
+cdef inline void prepare(const Job *job, const Arrays *a, const pack *x, Py_ssize_t f0,
                          Py_ssize_t f1) noexcept nogil:
     """Parameters that need nothing reduced; the backward's, for the mask of its activation."""
     if job.operation != MOMENTS and job.operation != FORWARD:
         forward_parameters(job, x, f0, f1)
         if job.operation == FROZEN:
             backward_parameters(job, x, f0, f1)
+            if chosen(a[0]):
+                look_for_data(job, a[0], x, f0, f1)
 
 
 cdef void work_by_features(const Job *job, const Arrays *a, const pack *x, int rank,
@@ -123,7 +125,7 @@ cdef void work_by_features(const Job *job, const Arrays *a, const pack *x, int r
     cdef Py_ssize_t c, g, f0, f1
     for g in range(share(job.groups, rank, size), share(job.groups, rank + 1, size)):
         f0, f1 = first_of(job, g), first_of(job, g + 1)
-        prepare(job, x, f0, f1)
+        prepare(job, a, x, f0, f1)
         if job.operation != NORMALIZE:
             for c in range(job.chunks):
                 reduce(job, a, x, c, g)
@@ -178,7 +180,7 @@ cdef void work_together(const Job *job, const Arrays *a, const pack *x, int rank
     cdef Py_ssize_t f0 = share(job.features, rank, size), f1 = share(job.features, rank + 1, size)
     cdef Py_ssize_t first = share(job.chunks * job.groups, rank, size)
     cdef Py_ssize_t last = share(job.chunks * job.groups, rank + 1, size)
-    prepare(job, x, f0, f1)
+    prepare(job, a, x, f0, f1)
     if size > 1 and job.operation != MOMENTS and job.operation != FORWARD:
         team_barrier()
     if job.operation == FROZEN and job.rows:
