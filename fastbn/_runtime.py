@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import ModuleType
 
@@ -120,6 +120,7 @@ def _default_threads() -> int:
 kernels: ModuleType = load_kernels(os.environ.get("FASTBN_ISA") or None)
 _threads: int = _default_threads()
 _threads_here: ContextVar[int | None] = ContextVar("fastbn_threads", default=None)
+_holding = importlib.import_module("fastbn.kernels._cpu").Holding
 _forked = False
 
 
@@ -176,9 +177,11 @@ def wanted_threads() -> int:
     return _threads_here.get() or _threads
 
 
-@contextlib.contextmanager
-def num_threads(n: int) -> Iterator[None]:
+def num_threads(n: int) -> contextlib.AbstractContextManager[None]:
     """Use at most `n` threads inside a ``with`` block, in this Python thread or task alone.
+
+    Where Python hands its context on to threads that are started in the block
+    (``sys.flags.thread_inherit_context``), it holds in those too.
 
     Examples
     --------
@@ -187,11 +190,8 @@ def num_threads(n: int) -> Iterator[None]:
     ...     fastbn.get_num_threads()
     1
     """
-    token = _threads_here.set(_count(n, "n"))
-    try:
-        yield
-    finally:
-        _threads_here.reset(token)
+    block: contextlib.AbstractContextManager[None] = _holding(_threads_here, _count(n, "n"))
+    return block
 
 
 def config() -> dict[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import bits
 
 import fastbn
 
@@ -106,15 +107,10 @@ def test_interrupted_anywhere(alarms):
     running = fastbn.RunningMoments(3, momentum=None, ddof=0)
     for seconds in np.linspace(1e-5, 2e-3, 150):
         interrupted(alarms, seconds, lambda: running.update(batches[running.updates % 2]))
-        state = running._state
-        exact = batches[0].variance(0) * 0
-        for row in (state.mean, state.var, state.seen.count):
-            assert np.isfinite(row).all()
-        if state.updates == 1:
-            exact = batches[0].var
-            assert (state.var == exact).all()
-        assert (state.seen.count == 50 * state.updates).all()
-        assert (state.seen.mean == state.mean).all()
+        mean, var, seen, updates = running._state
+        assert (seen.count == 50 * updates).all()
+        if updates:
+            assert bits(mean, var) == bits(seen.mean, seen.var)
         assert running.update(batches[running.updates % 2])  # the lock is free
 
 

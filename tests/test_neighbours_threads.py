@@ -199,15 +199,17 @@ print(fastbn.get_num_threads(), seen == [(1, True)] * 3, digest() == expected)
 ORDERS = pytest.mark.parametrize("first", ["fastbn", "other"])
 
 
-def in_order(first, other):
-    return "\n".join(("import fastbn", other)[:: 1 if first == "fastbn" else -1])
+def in_order(first, other, code):
+    """The code after both imports."""
+    imports = ("import fastbn", other)[:: 1 if first == "fastbn" else -1]
+    return "\n".join(imports) + code
 
 
 @ORDERS
 def test_beside_pytorch(first):
     """Used in turns and at once, in the process and in a loader's forked workers."""
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    code = in_order(first, "import torch") + """
+    code = """
 t = torch.arange(400000, dtype=torch.float32).reshape(2000, 200).remainder(97)
 product, expected = t.T @ t, digest()
 total = t.exp().sum()
@@ -242,6 +244,7 @@ torch.set_num_threads(4)
 assert digest() == expected
 print(limited == (1 if shared else 4), fastbn.get_num_threads())
 """
+    code = in_order(first, "import torch", code)
     assert output(code, OMP_NUM_THREADS="4") == ["True 4"]
 
 
@@ -249,7 +252,7 @@ print(limited == (1 if shared else 4), fastbn.get_num_threads())
 def test_beside_scikit_learn(first):
     """Its gradient boosting uses OpenMP, its `n_jobs` processes."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    code = in_order(first, "import sklearn.ensemble, sklearn.model_selection, sklearn.pipeline") + """
+    code = """
 from fastbn.sklearn import StandardScaler
 
 y = (X[:, 0] * 3 + X[:, 1]).round() % 2
@@ -270,12 +273,14 @@ with ThreadPoolExecutor(4) as pool:
     assert all(pool.map(lambda k: boosted() == trees if k % 2 else digest() == expected, range(8)))
 print(digest() == expected, fastbn.get_num_threads())
 """
+    other = "import sklearn.ensemble, sklearn.model_selection, sklearn.pipeline"
+    code = in_order(first, other, code)
     assert output(code, OMP_NUM_THREADS="4") == ["True 4"]
 
 
 @ORDERS
 def test_beside_numpys_blas(first):
-    code = in_order(first, "product = X.T @ X") + """
+    code = """
 from concurrent.futures import ThreadPoolExecutor
 expected = digest()
 def work(k):
@@ -283,4 +288,5 @@ def work(k):
 with ThreadPoolExecutor(4) as pool:
     print(all(pool.map(work, range(24))))
 """
+    code = in_order(first, "product = X.T @ X", code)
     assert output(code, OMP_NUM_THREADS="4") == ["True"]

@@ -14,11 +14,12 @@ static int team_default(void) { return omp_get_max_threads(); }
 /* How many of so many threads OpenMP lets this thread have. `usual` is what a thread has whose
  * number nobody lowered, and less than that holds whatever was asked for. */
 static int team_limit(int threads, int usual) {
-    int now = omp_get_max_threads();
+    int now;
+    if (threads <= 1) return 1; /* in a forked child nothing is asked of OpenMP */
+    now = omp_get_max_threads();
 #if _OPENMP >= 200805
-    int most = omp_get_thread_limit();
     if (omp_get_active_level() >= omp_get_max_active_levels()) return 1;
-    if (threads > most) threads = most;
+    if (threads > omp_get_thread_limit()) threads = omp_get_thread_limit();
 #endif
     return now < usual && now < threads ? now : threads;
 }

@@ -5,8 +5,8 @@
     python tests/attacks/across.py --check     the same, compared with tests/bits.txt
     python tests/attacks/across.py --record    write tests/bits.txt
 
-AVX2 and AVX-512 give the same bits. The generic build has no fused multiply-add: it rounds a product
-before it adds, and its results differ in their last bits.
+AVX2 and AVX-512 give the same bits. The generic build has no fused multiply-add: it rounds a
+product before it adds, and its results differ in their last bits.
 """
 
 from __future__ import annotations

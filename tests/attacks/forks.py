@@ -4,8 +4,8 @@
 
 While Python threads compute, processes are forked in the main thread and in others, and children
 compute, fork again, start threads, or return from the thread that forked them. A child hangs that
-does not end within `--patience` seconds; it is killed and counted. Children's bits are compared with
-the parent's.
+does not end within `--patience` seconds; it is killed and counted. Children's bits are compared
+with the parent's.
 """
 
 from __future__ import annotations
