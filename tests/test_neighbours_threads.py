@@ -18,7 +18,7 @@ START = """
 import contextlib, ctypes, hashlib, os, sys, threading
 import numpy as np
 
-X = (np.arange(100003 * 8) * 7919 % 100003 / 1024).reshape(100003, 8)
+X = (np.arange(20011 * 8) * 7919 % 20011 / 1024).reshape(20011, 8)
 
 def digest():
     import fastbn
@@ -210,14 +210,14 @@ def test_beside_pytorch(first):
     """Used in turns and at once, in the process and in a loader's forked workers."""
     pytest.importorskip("torch", reason="PyTorch is not installed")
     code = """
-t = torch.arange(400000, dtype=torch.float32).reshape(2000, 200).remainder(97)
-product, expected = t.T @ t, digest()
-total = t.exp().sum()
+# Sums of whole numbers, exact in any order: PyTorch's own bits follow its threads.
+t = torch.arange(400000, dtype=torch.float32).reshape(2000, 200).remainder(7)
+product, total, expected = t.T @ t, t.sum(), digest()
 assert digest() == expected
 
 class Set(torch.utils.data.Dataset):
     def __len__(self):
-        return 6
+        return 4
     def __getitem__(self, k):
         assert torch.equal(t.T @ t, product)
         return digest(), fastbn.get_num_threads()
@@ -225,17 +225,17 @@ class Set(torch.utils.data.Dataset):
 for _ in range(2):                              # and its own work goes on afterwards
     loader = torch.utils.data.DataLoader(
         Set(), batch_size=None, num_workers=2, timeout=60, multiprocessing_context="fork")
-    assert list(loader) == [(expected, 1)] * 6
+    assert list(loader) == [(expected, 1)] * 4
     assert torch.equal(t.T @ t, product) and digest() == expected
 
 def alternate(k):
     return all(torch.equal(t.T @ t, product) if (i + k) % 2 else digest() == expected
-               for i in range(6))
+               for i in range(4))
 
 from concurrent.futures import ThreadPoolExecutor
 with ThreadPoolExecutor(4) as pool:
     assert all(pool.map(alternate, range(4)))
-assert torch.equal(t.exp().sum(), total)
+assert torch.equal(t.sum(), total)
 shared = len(openmp()) == 1
 torch.set_num_threads(1)
 limited = fastbn.get_num_threads()
@@ -258,14 +258,14 @@ from fastbn.sklearn import StandardScaler
 y = (X[:, 0] * 3 + X[:, 1]).round() % 2
 def boosted():
     model = sklearn.ensemble.HistGradientBoostingClassifier(max_iter=5)
-    return model.fit(X[::20], y[::20]).predict_proba(X[:500]).tobytes()
+    return model.fit(X[::4], y[::4]).predict_proba(X[:500]).tobytes()
 
 expected = digest()
 trees = boosted()
 assert digest() == expected and boosted() == trees
 model = sklearn.pipeline.make_pipeline(
     StandardScaler(), sklearn.ensemble.HistGradientBoostingClassifier(max_iter=2))
-scores = [sklearn.model_selection.cross_val_score(model, X[::20], y[::20], cv=3, n_jobs=n)
+scores = [sklearn.model_selection.cross_val_score(model, X[::4], y[::4], cv=3, n_jobs=n)
           for n in (1, 2)]
 assert (scores[0] == scores[1]).all()
 from concurrent.futures import ThreadPoolExecutor
@@ -283,10 +283,10 @@ def test_beside_numpys_blas(first):
     code = """
 from concurrent.futures import ThreadPoolExecutor
 expected = digest()
-def work(k):
-    return np.array_equal(X.T @ X, product) if k % 2 else digest() == expected
+def work(k):                            # whole numbers again
+    return np.array_equal(W.T @ W, product) if k % 2 else digest() == expected
 with ThreadPoolExecutor(4) as pool:
     print(all(pool.map(work, range(24))))
 """
-    code = in_order(first, "product = X.T @ X", code)
+    code = in_order(first, "W = (X * 1024) % 64\nproduct = W.T @ W", code)
     assert output(code, OMP_NUM_THREADS="4") == ["True"]

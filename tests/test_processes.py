@@ -22,7 +22,7 @@ import hashlib, os, signal, sys, threading, time
 import numpy as np
 import fastbn
 
-X = (np.arange(100003 * 8) * 7919 % 100003 / 1024).reshape(100003, 8)
+X = (np.arange(20011 * 8) * 7919 % 20011 / 1024).reshape(20011, 8)
 
 def work(k=0):
     """The bits of several operations, of which each uses several threads where it may."""
