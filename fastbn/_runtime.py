@@ -10,7 +10,8 @@ import operator
 import os
 import platform
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import ModuleType
 
@@ -48,7 +49,19 @@ def load_kernels(name: str | None = None) -> ModuleType:
         raise ValueError(
             f"FASTBN_ISA={name!r}: expected one of {', '.join(available)} on this machine"
         )
-    return importlib.import_module(f"fastbn.kernels._{name}")
+    module = importlib.import_module(f"fastbn.kernels._{name}")
+    _in_a_new_thread(module.note_usual_threads)  # it may have been lowered in this one
+    return module
+
+
+def _in_a_new_thread(function: Callable[[], object]) -> None:
+    thread = threading.Thread(target=function)
+    try:
+        thread.start()
+    except RuntimeError:  # there are no threads here, or no more
+        function()
+    else:
+        thread.join()
 
 
 def _count(value: object, name: str) -> int:
@@ -107,18 +120,25 @@ def _default_threads() -> int:
 kernels: ModuleType = load_kernels(os.environ.get("FASTBN_ISA") or None)
 _threads: int = _default_threads()
 _threads_here: ContextVar[int | None] = ContextVar("fastbn_threads", default=None)
+_holding = importlib.import_module("fastbn.kernels._cpu").Holding
 _forked = False
 
 
+def _before_fork() -> None:
+    # The parent's OpenMP threads do not exist in the child, and its runtime waits for those of the
+    # thread that forks: in its next call, and where that thread is not the main one in its end.
+    kernels.dismiss_threads()
+
+
 def _after_fork() -> None:
-    # The parent's OpenMP threads do not exist in the child, and its runtime waits for them
-    # forever. With one thread the kernels never enter it.
+    # An older runtime cannot dismiss them, and another thread may have been in the middle of
+    # starting its own. With one thread the kernels never enter it.
     global _forked
     _forked = True
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
 def set_num_threads(n: int) -> None:
@@ -138,20 +158,30 @@ def set_num_threads(n: int) -> None:
 
 
 def get_num_threads() -> int:
-    """How many threads fastbn may use, at most.
+    """How many threads fastbn may use here, at most.
 
     All usable CPUs (affinity and control group respected), unless ``FASTBN_NUM_THREADS``,
-    ``OMP_NUM_THREADS``, `set_num_threads` or `num_threads` says otherwise. 1 in a forked child,
-    where OpenMP's threads are gone.
+    ``OMP_NUM_THREADS``, `set_num_threads` or `num_threads` says otherwise. Fewer where OpenMP
+    allows no more: under ``threadpoolctl.threadpool_limits``, after ``torch.set_num_threads``,
+    inside a parallel region of someone else's. 1 in a forked child, where OpenMP's threads are
+    gone.
     """
+    limited: int = kernels.limited(wanted_threads())
+    return limited
+
+
+def wanted_threads() -> int:
+    """What a kernel is called with; it asks OpenMP itself how many of them it may use."""
     if _forked:
         return 1
     return _threads_here.get() or _threads
 
 
-@contextlib.contextmanager
-def num_threads(n: int) -> Iterator[None]:
+def num_threads(n: int) -> contextlib.AbstractContextManager[None]:
     """Use at most `n` threads inside a ``with`` block, in this Python thread or task alone.
+
+    Where Python hands its context on to threads that are started in the block
+    (``sys.flags.thread_inherit_context``), it holds in those too.
 
     Examples
     --------
@@ -160,11 +190,8 @@ def num_threads(n: int) -> Iterator[None]:
     ...     fastbn.get_num_threads()
     1
     """
-    token = _threads_here.set(_count(n, "n"))
-    try:
-        yield
-    finally:
-        _threads_here.reset(token)
+    block: contextlib.AbstractContextManager[None] = _holding(_threads_here, _count(n, "n"))
+    return block
 
 
 def config() -> dict[str, str]:

@@ -81,7 +81,7 @@ def moments(
     >>> fastbn.moments([1.0, np.nan, 3.0, 9.0], where=[True, True, True, False], nan="omit")
     Moments(count=[2.], mean=[2.], std=[1.])
     """
-    threads = _runtime.get_num_threads()
+    threads = _runtime.wanted_threads()
     samples = given_samples(weights, where, nan)
     table = None
     if samples is not None:
@@ -155,7 +155,7 @@ def normalize(
     >>> fastbn.normalize(deployed, fastbn.moments(train)).round(3)
     array([-4.287, -3.062])
     """
-    threads = _runtime.get_num_threads()
+    threads = _runtime.wanted_threads()
     samples = given_samples(None, where, nan)
     if samples is not None:
         y = _runtime.kernels.normalize(
@@ -238,7 +238,7 @@ def batch_norm(
            [ 1.    , -1.    ],
            [ 1.6124,  1.4495]])
     """
-    threads = _runtime.get_num_threads()
+    threads = _runtime.wanted_threads()
     samples = given_samples(weights, where, nan)
     if samples is not None:
         done = _runtime.kernels.forward(
@@ -328,7 +328,7 @@ def batch_norm_backward(
     >>> dx.round(3), dgamma, dbeta
     (array([-0.141, -0.141,  0.566, -0.141, -0.141]), array([0.]), array([1.]))
     """
-    threads = _runtime.get_num_threads()
+    threads = _runtime.wanted_threads()
     training = bool(training)
     samples = given_samples(weights, where, nan)
     done: Any = None

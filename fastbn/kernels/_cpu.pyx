@@ -1,4 +1,6 @@
-"""Which instruction sets this machine runs; safe to import on any."""
+"""Which instruction sets this machine runs, and what needs none; safe to import on any."""
+
+import contextlib
 
 cdef extern from "cpu.h":
     int cpu_has_avx2()
@@ -13,3 +15,22 @@ def instruction_sets():
     if cpu_has_avx2():
         names.append("avx2")
     return [*names, "generic"]
+
+
+class Holding(contextlib.ContextDecorator):
+    """Holds a context variable at a value in a `with` block.
+
+    Compiled, because Ctrl-C may come at any call of Python's: one that came between setting the
+    variable and the block, or between the block and setting it back, would leave it set for good.
+    """
+
+    def __init__(self, variable, value):
+        self.variable = variable
+        self.value = value
+        self.tokens = []            # several where a decorated function calls itself
+
+    def __enter__(self):
+        self.tokens.append(self.variable.set(self.value))
+
+    def __exit__(self, *error):
+        self.variable.reset(self.tokens.pop())

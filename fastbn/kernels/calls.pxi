@@ -78,7 +78,7 @@ cdef void *allocate(size_t size) except NULL:
 cdef bint reserve(Call *call) except -1:
     """Cut the job and give it its scratch memory."""
     cdef Job *job = &call.job
-    cut(job, call.x.itemsize, job.threads, call.a.y, chosen(call.a))
+    cut(job, call.x.itemsize, team_limit(job.threads, usual_threads), call.a.y, chosen(call.a))
     cdef Py_ssize_t n = job.features, parameters = (n * call.x.itemsize + 63) // 64 * 64
     cdef Py_ssize_t chunks = 0
     if job.operation != NORMALIZE:

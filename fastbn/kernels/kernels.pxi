@@ -23,6 +23,9 @@ cdef extern from "team.h" nogil:
     int team_rank()
     int team_size()
     void team_barrier()
+    int team_default()
+    int team_limit(int threads, int usual)
+    void team_dismiss()
 
 include "job.pxi"
 include "rows.pxi"
@@ -34,6 +37,8 @@ include "planes.pxi"
 include "weighted.pxi"
 include "weighted_rows.pxi"
 include "weighted_planes.pxi"
+
+include "threads.pxi"
 
 simd = (<bytes> FASTBN_SIMD).decode()
 openmp = FASTBN_OPENMP
