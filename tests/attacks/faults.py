@@ -82,7 +82,9 @@ def parse(block: str) -> Fault:
         raise ValueError(f"not a fault as described in {__file__}: {block}")
     old, new = ("\n".join(line[2:] for line in lines if line[0] == mark) for mark in "-+")
     at, of = int(found["at"] or 1), int(found["of"] or 1)
-    return Fault(name, found["file"], found["kind"], tuple(found["tests"].split()), old, new, at, of)
+    return Fault(
+        name, found["file"], found["kind"], tuple(found["tests"].split()), old, new, at, of
+    )
 
 
 def read() -> list[Fault]:

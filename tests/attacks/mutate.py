@@ -173,7 +173,11 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the faults and plant none")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="faults at a time")
     parser.add_argument(
-        "-o", "--out", type=Path, metavar="FILE", help="add the results to a file, a line of JSON each"
+        "-o",
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="add the results to a file, a line of JSON each",
     )
     parser.add_argument(
         "--resume", action="store_true", help="leave out what FILE says was caught before"
@@ -194,7 +198,9 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 
 def chosen(only: list[str]) -> list[Fault]:
     everything = faults.read()
-    found = [f for f in everything if not only or any(t in f"{f.name} {f.kind} {f.file}" for t in only)]
+    found = [
+        f for f in everything if not only or any(t in f"{f.name} {f.kind} {f.file}" for t in only)
+    ]
     if not found:
         raise SystemExit(f"no fault has any of {only} in its name, kind or file")
     return found
@@ -252,7 +258,10 @@ def main(argv: list[str] | None = None) -> int:
             with lock:
                 results.append(result)
                 how = "caught by" if result.caught else "SURVIVED"
-                print(f"{fault.file}: {fault.name}: {how} {result.by} ({result.seconds} s)", flush=True)
+                print(
+                    f"{fault.file}: {fault.name}: {how} {result.by} ({result.seconds} s)",
+                    flush=True,
+                )
                 if arguments.out is not None:
                     with arguments.out.open("a", encoding="utf-8") as file:
                         print(json.dumps(result._asdict()), file=file)
