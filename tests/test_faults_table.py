@@ -39,7 +39,7 @@ def test_a_fault_that_is_not_there_or_there_twice_is_found_out():
     fault = faults.parse("a fault\nrunning.py, sign: test_running\n- a + b\n+ a - b")
     assert fault.planted("x = a + b\n") == "x = a - b\n"
     for text in ("x = a+b\n", "x = a + b\ny = a + b\n"):
-        with pytest.raises(ValueError, match="^a fault: expected 1 of this in running.py"):
+        with pytest.raises(ValueError, match=r"^a fault: expected 1 of this in running\.py"):
             fault.planted(text)
     second = faults.parse("a fault\nrunning.py, sign 2/3: test_running\n- a\n- b\n+ c")
     assert second.planted("a\nb a\nb a\nb") == "a\nb c a\nb"

@@ -3,10 +3,10 @@
     python tests/attacks/mutate.py --jobs 2 -o faults.jsonl
 
 Each fault of the tables beside this file (faults.py describes them) is planted in a copy of the
-tree, by itself. A fault in a kernel is compiled, for one instruction set and with -O1, which changes
-no bit and takes a quarter of the time. Then the test files that should see it are run up to the
-first failure, and if none fails, the core of the suite. A fault is caught if a test fails, or the
-process ends, or nothing comes back in time.
+tree, by itself. A fault in a kernel is compiled, for one instruction set and with -O1, which
+changes no bit and takes a quarter of the time. Then the test files that should see it are run up
+to the first failure, and if none fails, the core of the suite. A fault is caught if a test fails,
+or the process ends, or nothing comes back in time.
 
 First the tests are run without any fault: they have to pass. The exit code is 0 if all faults were
 caught, else 1.
@@ -37,11 +37,25 @@ import faults
 from faults import KINDS, ROOT, Fault
 
 # What is asked of every fault that its own tests let through; the quickest first.
-CORE = """
-    test_exact test_seeds test_gradients test_arguments test_statistics test_extremes test_running
-    test_layer test_merging test_layout test_shift test_runtime test_overlap test_threads
-    test_foreign_refusals test_numerics test_samples
-""".split()
+CORE = [
+    "test_exact",
+    "test_seeds",
+    "test_gradients",
+    "test_arguments",
+    "test_statistics",
+    "test_extremes",
+    "test_running",
+    "test_layer",
+    "test_merging",
+    "test_layout",
+    "test_shift",
+    "test_runtime",
+    "test_overlap",
+    "test_threads",
+    "test_foreign_refusals",
+    "test_numerics",
+    "test_samples",
+]
 SKIPPED = (".git", "build", ".pytest_cache", ".ruff_cache", ".mypy_cache", "*.so", "*.egg-info")
 
 
