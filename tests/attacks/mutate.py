@@ -182,7 +182,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="TEXT",
-        help="faults with this in their name, kind or file; may be repeated",
+        help="faults with this in their name, kind or file; may be repeated, and those come first",
     )
     parser.add_argument("--list", action="store_true", help="print the faults and plant none")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="faults at a time")
@@ -211,13 +211,12 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 
 
 def chosen(only: list[str]) -> list[Fault]:
+    """The faults asked for, in the order in which they were."""
     everything = faults.read()
-    found = [
-        f for f in everything if not only or any(t in f"{f.name} {f.kind} {f.file}" for t in only)
-    ]
-    if not found:
+    found = {f.name: f for t in only for f in everything if t in f"{f.name} {f.kind} {f.file}"}
+    if only and not found:
         raise SystemExit(f"no fault has any of {only} in its name, kind or file")
-    return found
+    return list(found.values()) if only else everything
 
 
 def results_in(path: Path | None, found: list[Fault]) -> dict[str, Result]:
