@@ -2,7 +2,7 @@
 
 A table is a text file of blocks with an empty line between them:
 
-    # why a reader of the results should care; any number of such lines
+    # any number of remarks
     the fault in a few words, different from all others
     kernels/planes.pxi, term: test_numerics test_exact
     - the text that is there
@@ -91,4 +91,4 @@ def read() -> list[Fault]:
     """All faults, table by table."""
     texts = [(HERE / table).read_text(encoding="utf-8") for table in TABLES]
     blocks = [block for text in texts for block in re.split(r"\n\n+", text.strip("\n"))]
-    return [parse(block) for block in blocks if block]
+    return [parse(block) for block in blocks if re.search("^[^#]", block, re.MULTILINE)]
