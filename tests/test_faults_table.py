@@ -31,8 +31,10 @@ def test_there_are_enough_of_every_kind():
 def test_names_are_different_and_tests_are_there():
     assert max(Counter(f.name for f in FAULTS).values()) == 1
     for fault in FAULTS:
-        for name in fault.tests:
-            assert (Path(__file__).parent / f"{name}.py").is_file(), (fault.name, name)
+        for test in fault.tests:
+            name, _, function = test.partition("::")
+            text = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+            assert f"\ndef {function}" in text, (fault.name, test)
 
 
 def test_a_fault_that_is_not_there_or_there_twice_is_found_out():

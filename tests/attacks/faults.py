@@ -9,7 +9,7 @@ A table is a text file of blocks with an empty line between them:
     + what takes its place
 
 The file is below ``fastbn/``; after it come the kind of fault (KINDS) and the test files that
-should see it, the quickest first. The text has to be in the file exactly once, or as often as a
+should see it, the quickest first; ``test_numerics::test_x`` is one test of a file. The text has to be in the file exactly once, or as often as a
 ``term 2/3`` says, of which that one is changed. Several lines of it are several lines beginning
 with ``-``; without a ``+`` the text goes away.
 """
@@ -47,7 +47,7 @@ class Fault(NamedTuple):
     name: str
     file: str  # below fastbn/
     kind: str
-    tests: tuple[str, ...]  # names of files in tests/, without .py
+    tests: tuple[str, ...]  # files in tests/, without .py, or tests in them
     old: str
     new: str
     at: int  # the occurrence to change, from 1 on
@@ -56,6 +56,11 @@ class Fault(NamedTuple):
     @property
     def path(self) -> Path:
         return Path("fastbn", self.file)
+
+    @property
+    def files(self) -> list[str]:
+        """The test files."""
+        return [test.partition("::")[0] for test in self.tests]
 
     @property
     def build(self) -> str:

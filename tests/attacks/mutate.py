@@ -135,9 +135,9 @@ def planted(fault: Fault, original: Path) -> Iterator[Path]:
 # --- Tests ----------------------------------------------------------------------------------------
 
 
-def tested(tree: Path, files: Iterable[str], timeout: float) -> str:
-    """The first test that does not pass; "" if all do."""
-    paths = [f"tests/{name}.py" for name in files]
+def tested(tree: Path, tests: Iterable[str], timeout: float) -> str:
+    """The first of the tests (or of those in test files) that does not pass; "" if all do."""
+    paths = [re.sub(r"^\w+", r"tests/\g<0>.py", test) for test in tests]
     if not paths:
         return ""
     options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no"]
@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         needed = sorted({f.build or "avx2" for f in waiting})
         trees = {name: new_tree(Path(folder), name) for name in needed}
         for name, tree in trees.items():
-            files = {n for f in waiting if (f.build or "avx2") == name for n in f.tests} | {*CORE}
+            files = {n for f in waiting if (f.build or "avx2") == name for n in f.files} | {*CORE}
             if not arguments.trust and (failed := tested(tree, sorted(files), 7200)):
                 raise SystemExit(f"without a fault, on {name}: {failed}")
 
