@@ -9,9 +9,9 @@ A table is a text file of blocks with an empty line between them:
     + what takes its place
 
 The file is below ``fastbn/``; after it come the kind of fault (KINDS) and the test files that
-should see it, the quickest first; ``test_numerics::test_x`` is one test of a file. The text has to be in the file exactly once, or as often as a
-``term 2/3`` says, of which that one is changed. Several lines of it are several lines beginning
-with ``-``; without a ``+`` the text goes away.
+should see it, the quickest first; ``test_numerics::test_x`` is one test of a file. The text has to
+be in the file exactly once, or as often as a ``term 2/3`` says, of which that one is changed.
+Several lines of it are several lines beginning with ``-``.
 """
 
 from __future__ import annotations
