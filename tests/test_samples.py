@@ -126,6 +126,22 @@ def test_integer_weights_are_repetitions(shape, axis, implementation):
     np.testing.assert_allclose([m.mean, m.m2], [n.mean, n.m2], rtol=1e-11)
 
 
+@pytest.mark.parametrize(("shape", "axis"), cases(TWO))
+def test_a_mask_is_true_where_a_byte_is_not_0(shape, axis, simd):
+    """As in NumPy, whose arrays of bools may be views of other bytes."""
+    x = make("offset 1e3", shape, axis, np.float32)
+    each = samples.sample_shape(shape, axis)
+    data = np.random.default_rng(5).choice(np.uint8([0, 1, 2, 127, 128, 255]), each)
+    data[-1:] = 128
+    results = []
+    for where in (data != 0, data.view(np.bool_)):
+        y, m = simd.batch_norm(x, axis=axis, where=where)
+        gradients = simd.batch_norm_backward(x, x, m, axis=axis, where=where)
+        weighted = simd.moments(x, axis=axis, where=where, weights=np.ones(each), nan="omit")
+        results.append(bits(y, m, *gradients, weighted))
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("shape", [(1000,), (500, 4), (200, 100), (20, 6, 50)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_omitting_is_what_numpy_does(shape, dtype):
@@ -147,6 +163,13 @@ def test_infinities_are_not_omitted(implementation):
     assert m.count.tolist() == [2, 2, 0]
     np.testing.assert_array_equal(m.mean, [np.inf, 1.5, np.nan])
     np.testing.assert_array_equal(m.m2, [np.nan, 0.5, 0])
+    dy = np.ones_like(x)
+    dy[0, 1] = np.nan  # stays: x is a number there
+    with np.errstate(invalid="ignore"):  # the reference computes with what it is given
+        y, _ = implementation.batch_norm(x, nan="omit")
+        dx, dgamma, dbeta = implementation.batch_norm_backward(dy, x, m, nan="omit")
+    np.testing.assert_array_equal(np.isnan(y).nonzero(), [[0, 1], [0, 0]])  # inf - inf
+    assert np.isnan([dx[0, 1], dgamma[1], dbeta[1]]).all()
 
 
 def test_weights_of_any_scale():
@@ -294,9 +317,18 @@ def test_results_that_overlap_their_weights():
     mask = memory.view(np.bool_)[: x.size]  # the first values' bytes
     memory.view(np.uint8)[:] = np.random.default_rng(1).integers(0, 2, memory.nbytes)
     where = mask.copy()
-    expected, _ = fastbn.batch_norm(x, where=where)
-    fastbn.batch_norm(x, where=mask, out=memory)
-    assert bits(memory) == bits(expected)
+    m = fastbn.moments(x, where=where)
+    for call in (
+        lambda **given: fastbn.batch_norm(x, **given),
+        lambda **given: fastbn.normalize(x, m, **given),
+        lambda **given: fastbn.batch_norm_backward(x[::-1].copy(), x, m, **given),
+    ):
+        mask[...] = where
+        results = []
+        for given in ({"where": mask, "out": memory}, {"where": where}):
+            y = call(**given)
+            results.append(bits(y[0] if isinstance(y, tuple) else y))
+        assert results[0] == results[1]
 
 
 def test_in_place():
