@@ -54,17 +54,16 @@ def measure(dtype: str, ratio: float, quick: bool, runs: dict[str, Any], found: 
         problem = exact.Problem(features, sides, dtype, ratio)
         most = max(most, problem.most)
         for layout in exact.LAYOUTS:
-            arrays = [problem.laid_out(a, layout) for a in (problem.x, problem.dy, problem.y)]
-            given = Given(problem.case(layout), *arrays, problem.gamma, problem.beta)
+            x, dy, y = (problem.laid_out(a, layout) for a in (problem.x, problem.dy, problem.y))
+            given = Given(problem.case(layout), x, dy, y, problem.gamma, problem.beta)
             for name, run in runs.items():
                 if dtype == "float64" and name in FLOAT32_ALONE:
                     continue
                 for key, value in run(given).items():
-                    errors = problem.error(key, value)
+                    ulps, relative = problem.error(key, value)
                     cell = (dtype, key, name, layout, ratio)
                     worst = found.get(cell, (0.0, 0.0, ""))
-                    ulps, relative = (max(pair) for pair in zip(worst, errors))
-                    found[cell] = ulps, relative, str(value.dtype)
+                    found[cell] = max(ulps, worst[0]), max(relative, worst[1]), str(value.dtype)
     return most
 
 
@@ -110,7 +109,7 @@ def nist_table(torch_too: bool) -> Iterator[str]:
     sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
     nist = importlib.import_module("nist")
     torch = importlib.import_module("torch") if torch_too else None
-    columns = ["as float64", "fastbn", "NumPy", *(["PyTorch"] if torch else []), "E[x²] − E[x]²"]
+    columns = ["as float64", "fastbn", "NumPy", *(["PyTorch"] if torch else []), "E[x²] - E[x]²"]
     yield "**NIST StRD**, right digits of the certified mean / deviation, float64\n"
     yield "| data | " + " | ".join(columns) + " |"
     yield "| --- " + "| ---: " * len(columns) + "|"
