@@ -38,7 +38,12 @@ SIZES = ((32, (4, 16, 16)), (2, (16, 250, 250)))
 FLOAT32_ALONE = ("NumPy in float64", "oneDNN")
 
 # What fastbn must not exceed: ulps of float64 for statistics, of the data's dtype for elements.
-LIMITS = {"mean": 8, "var": 64, "dbeta": 16, "y": 4, "normalize": 4, "denormalize": 8, "dx": 16}
+# Those of float64 have the error of the variance in them, which for float32 is far below an ulp.
+_STATISTICS = {"mean": 8, "var": 64, "dgamma": 64, "dbeta": 16}
+LIMITS = {
+    "float32": {**_STATISTICS, "y": 4, "normalize": 4, "denormalize": 4, "dx": 16},
+    "float64": {**_STATISTICS, "y": 64, "normalize": 64, "denormalize": 16, "dx": 128},
+}
 
 # (dtype, result, contender, layout, ratio) -> (worst in ulps, worst relative, dtype of the result)
 Found = dict[tuple[str, str, str, str, float], tuple[float, float, str]]
@@ -139,9 +144,9 @@ def too_far(found: Found) -> list[str]:
     """Where fastbn is worse than LIMITS."""
     return [
         f"{key} of {name}, {dtype}, {layout}, mean / std {ratio:g}: {ulps:.1f} ulp, "
-        f"at most {LIMITS[key]} expected"
+        f"at most {LIMITS[dtype][key]} expected"
         for (dtype, key, name, layout, ratio), (ulps, _, _) in found.items()
-        if name.startswith("fastbn") and key in LIMITS and not ulps <= LIMITS[key]
+        if name.startswith("fastbn") and not ulps <= LIMITS[dtype][key]
     ]
 
 
@@ -172,7 +177,8 @@ def main() -> int:
     if options.out:
         options.out.write_text("\n".join(lines), encoding="utf-8")
     worse = too_far(found)
-    print("\n".join(worse))
+    for line in worse:
+        print(line)
     print(f"{len(found)} results of {len(runs)} contenders; fastbn above its limits: {len(worse)}")
     return 1 if worse else 0
 
