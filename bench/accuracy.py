@@ -38,7 +38,12 @@ SIZES = ((32, (4, 16, 16)), (2, (16, 250, 250)))
 FLOAT32_ALONE = ("NumPy in float64", "oneDNN")
 
 # What fastbn must not exceed: ulps of float64 for statistics, of the data's dtype for elements.
-LIMITS = {"mean": 8, "var": 64, "dbeta": 16, "y": 4, "normalize": 4, "denormalize": 8, "dx": 16}
+# Those of float64 have the error of the variance in them, which for float32 is far below an ulp.
+_STATISTICS = {"mean": 8, "var": 64, "dgamma": 64, "dbeta": 16}
+LIMITS = {
+    "float32": {**_STATISTICS, "y": 4, "normalize": 4, "denormalize": 4, "dx": 16},
+    "float64": {**_STATISTICS, "y": 64, "normalize": 64, "denormalize": 16, "dx": 128},
+}
 
 # (dtype, result, contender, layout, ratio) -> (worst in ulps, worst relative, dtype of the result)
 Found = dict[tuple[str, str, str, str, float], tuple[float, float, str]]
@@ -54,17 +59,16 @@ def measure(dtype: str, ratio: float, quick: bool, runs: dict[str, Any], found: 
         problem = exact.Problem(features, sides, dtype, ratio)
         most = max(most, problem.most)
         for layout in exact.LAYOUTS:
-            arrays = [problem.laid_out(a, layout) for a in (problem.x, problem.dy, problem.y)]
-            given = Given(problem.case(layout), *arrays, problem.gamma, problem.beta)
+            x, dy, y = (problem.laid_out(a, layout) for a in (problem.x, problem.dy, problem.y))
+            given = Given(problem.case(layout), x, dy, y, problem.gamma, problem.beta)
             for name, run in runs.items():
                 if dtype == "float64" and name in FLOAT32_ALONE:
                     continue
                 for key, value in run(given).items():
-                    errors = problem.error(key, value)
+                    ulps, relative = problem.error(key, value)
                     cell = (dtype, key, name, layout, ratio)
                     worst = found.get(cell, (0.0, 0.0, ""))
-                    ulps, relative = (max(pair) for pair in zip(worst, errors))
-                    found[cell] = ulps, relative, str(value.dtype)
+                    found[cell] = max(ulps, worst[0]), max(relative, worst[1]), str(value.dtype)
     return most
 
 
@@ -110,7 +114,7 @@ def nist_table(torch_too: bool) -> Iterator[str]:
     sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
     nist = importlib.import_module("nist")
     torch = importlib.import_module("torch") if torch_too else None
-    columns = ["as float64", "fastbn", "NumPy", *(["PyTorch"] if torch else []), "E[x²] − E[x]²"]
+    columns = ["as float64", "fastbn", "NumPy", *(["PyTorch"] if torch else []), "E[x²] - E[x]²"]
     yield "**NIST StRD**, right digits of the certified mean / deviation, float64\n"
     yield "| data | " + " | ".join(columns) + " |"
     yield "| --- " + "| ---: " * len(columns) + "|"
@@ -140,9 +144,9 @@ def too_far(found: Found) -> list[str]:
     """Where fastbn is worse than LIMITS."""
     return [
         f"{key} of {name}, {dtype}, {layout}, mean / std {ratio:g}: {ulps:.1f} ulp, "
-        f"at most {LIMITS[key]} expected"
+        f"at most {LIMITS[dtype][key]} expected"
         for (dtype, key, name, layout, ratio), (ulps, _, _) in found.items()
-        if name.startswith("fastbn") and key in LIMITS and not ulps <= LIMITS[key]
+        if name.startswith("fastbn") and not ulps <= LIMITS[dtype][key]
     ]
 
 
@@ -173,7 +177,8 @@ def main() -> int:
     if options.out:
         options.out.write_text("\n".join(lines), encoding="utf-8")
     worse = too_far(found)
-    print("\n".join(worse))
+    for line in worse:
+        print(line)
     print(f"{len(found)} results of {len(runs)} contenders; fastbn above its limits: {len(worse)}")
     return 1 if worse else 0
 

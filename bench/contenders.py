@@ -1,8 +1,8 @@
 """fastbn, NumPy, PyTorch and oneDNN as their users call them, for what accuracy.py compares.
 
 Each takes the arrays of one `exact.Problem` in one layout and gives all results: statistics of the
-batch, and what follows from the statistics that the same library found. peers.py is for speed: there
-every call gets the same exact statistics.
+batch, and what follows from the statistics that the same library found. peers.py is for speed:
+there every call gets the same exact statistics.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def numpy_in(dtype: Any) -> Callable[[Given], Results]:
     def run(a: Given) -> Results:
         own = a.x.dtype
         x, dy, y = (v.astype(dtype or own, copy=False) for v in (a.x, a.dy, a.y))
-        gamma, beta, over = a.column(a.gamma), a.column(a.beta), {"axis": a.axes, "keepdims": True}
+        gamma, beta = a.column(a.gamma), a.column(a.beta)
+        over: dict[str, Any] = {"axis": a.axes, "keepdims": True}
         mean, var = x.mean(**over), x.var(**over)
         std = np.sqrt(var + EPS)
         xhat, n = (x - mean) / std, x.size // a.gamma.size

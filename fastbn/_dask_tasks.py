@@ -15,7 +15,7 @@ import numpy as np
 from fastbn import _runtime, functional
 from fastbn._arguments import features_of, per_feature_or_none
 from fastbn._blocks import Measured
-from fastbn._checked import mean_and_var
+from fastbn._checked import statistics
 from fastbn._layout import Array
 from fastbn._samples import NanPolicy, count_nan, refuse_missing
 from fastbn.statistics import Moments
@@ -75,10 +75,10 @@ def finish(parts: list[Measured]) -> Moments:
 
 @dataclass(frozen=True)
 class Parameters:
-    """What features are normalised with; arrays of shape (C,)."""
+    """What features are normalised with; arrays of shape (C,), or the table of Moments for both."""
 
     mean: Array
-    var: Array
+    var: Array | None
     gamma: Array | None
     beta: Array | None
 
@@ -86,17 +86,20 @@ class Parameters:
         """(stats, gamma, beta) of a block's features, of which `first` is the first in all."""
         start = 0 if first is None else int(first[0])
         these = slice(start, start + features_of(block, axis))
-        gamma, beta = (None if a is None else a[these] for a in (self.gamma, self.beta))
-        return (self.mean[these], self.var[these]), gamma, beta
+        gamma, beta, var = (
+            None if a is None else a[these] for a in (self.gamma, self.beta, self.var)
+        )
+        mean = self.mean[..., these]
+        return Moments._wrap(mean.copy()) if var is None else (mean, var), gamma, beta
 
 
 def parameters(stats: Any, gamma: Any, beta: Any, features: int) -> Parameters:
     """Checked, and apart from arrays that the caller may write to before they are used."""
-    mean, var = mean_and_var(stats, features)
+    mean, var = statistics(stats, features)
     gamma = per_feature_or_none(gamma, "gamma", features)
     beta = per_feature_or_none(beta, "beta", features)
-    gamma, beta = (None if a is None else a.copy() for a in (gamma, beta))
-    return Parameters(mean.copy(), var.copy(), gamma, beta)
+    var, gamma, beta = (None if a is None else a.copy() for a in (var, gamma, beta))
+    return Parameters(mean.copy(), var, gamma, beta)
 
 
 def normalize(
@@ -114,7 +117,10 @@ def normalize(
     with _runtime.num_threads(1):
         if options["nan"] == "raise":  # here, to name features by their number in the whole array
             m = functional.moments(block, axis=axis, where=where)
-            start, counts = 0 if first is None else int(first[0]), np.zeros(len(parameters.mean))
+            start, counts = (
+                0 if first is None else int(first[0]),
+                np.zeros(parameters.mean.shape[-1]),
+            )
             counts[start : start + len(m.mean)] = count_nan(block, axis, m.mean, where)
             refuse_missing(counts, "array")
         return functional.normalize(block, *share, axis=axis, where=where, **options)
