@@ -90,6 +90,7 @@ def blocks(text):
 PAGES = {
     "README.md": (),
     "docs/statistics.md": (),
+    "docs/extremes.md": (),
     "docs/arrays.md": ("pandas", "polars", "pyarrow"),
     "docs/dask.md": ("dask.array",),
     "docs/torch.md": ("torch",),

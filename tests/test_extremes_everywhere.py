@@ -24,7 +24,7 @@ LAYOUTS = {
     "rows": lambda a: (np.moveaxis(a, 1, 2).reshape(-1, FEATURES), 1),
     "planes": lambda a: (a, 1),
     "features first": lambda a: (np.moveaxis(a, 1, 0).reshape(FEATURES, -1), 0),
-    "short runs": lambda a: (np.moveaxis(runs_of_six(a), 1, 1), 1),
+    "short runs": lambda a: (runs_of_six(a), 1),
     "channels last": lambda a: (np.moveaxis(a, 1, 2).copy(), -1),
     "a channels-last view": lambda a: (np.moveaxis(a, 1, -1), -1),
     "one run": lambda a: (a[:, ODD].ravel(), 0),
@@ -64,8 +64,6 @@ VALUES = {
     "a huge offset": lambda x: np.rint(4 * x) + 1 / np.finfo(x.dtype).eps,
 }
 SAMPLES = ("all", "weights", "where", "omit", "weights, where, omit")
-# A variance beyond the range, whose y is beta, in float64.
-TOO_WIDE = ("the largest value", "the largest values of both signs", "values near the largest")
 
 
 def one(x, value, at=5):
@@ -172,7 +170,7 @@ def without_odd(results, b):
 def test_values_in_any_layout(value, layout):
     """In every dtype, instruction set, choice of samples, with eps and without."""
     for dtype in (np.float32, np.float64):
-        for simd in SETS[:1]:
+        for simd in SETS:
             for options in SAMPLES:
                 for eps in (1e-5, 0.0):
                     b = batch(value, layout, dtype, options, (simd, 1), eps=eps)
@@ -180,3 +178,91 @@ def test_values_in_any_layout(value, layout):
                     if b.x.ndim > 1:
                         plain = batch(None, layout, dtype, options, (simd, 1), eps=eps)
                         assert without_odd(results, b) == without_odd(everything(plain), plain)
+
+
+@pytest.mark.parametrize("code", [2**11 + 2, 2**11 + 3 + 64, 2**11 + 4, 2**11 + 8, 4095 - 16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_values_in_any_memory(layout, code):
+    """Gaps, reversed axes, other orders, unaligned and byte-swapped."""
+    for value in VALUES:
+        for dtype in (np.float32, np.float64):
+            check_everything(batch(value, layout, dtype, "where, omit", (SETS[0], 1), code=code))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", VALUES)
+def test_values_on_any_number_of_threads(value, layout):
+    """The same bits on one, two and three, which this many elements are shared out to."""
+    size = {"outer": 16, "inner": 6156} if layout == "one run" else {"outer": 16, "inner": 2052}
+    for simd, dtype, options in zip(SETS * 2, (np.float32, np.float64) * 2, SAMPLES[::-2] * 2):
+        results = []
+        for threads in (1, 2, 3):
+            b = batch(value, layout, dtype, options, (simd, threads), **size)
+            m, y, *gradients = everything(b)
+            results.append(bits(m, y, *gradients))
+        assert results[0] == results[1] == results[2], (simd, dtype, options)
+        check_moments(m, b)
+
+
+# --- Sizes ----------------------------------------------------------------------------------------
+
+# Shapes of N samples and C features, with the feature axis.
+FEW = {
+    "rows": lambda n, c: ((n, c), 1),
+    "planes": lambda n, c: ((1, c, n), 1),
+    "outer planes": lambda n, c: ((n, c, 1), 1),
+    "features first": lambda n, c: ((c, n), 0),
+    "channels last": lambda n, c: ((n, 1, 1, c), -1),
+    "channels first": lambda n, c: ((1, c, 1, n), 1),
+}
+
+
+@pytest.mark.parametrize("options", SAMPLES)
+@pytest.mark.parametrize("layout", FEW)
+def test_few_samples_and_features(layout, options):
+    """N of 0, 1 and 2, C of 0, 1 and 17."""
+    for n in (0, 1, 2):
+        for features in (0, 1, 17):
+            for simd in SETS:
+                for threads in (1, 3):
+                    check_few(n, features, layout, options, (simd, threads))
+
+
+def check_few(n, features, layout, options, machine):
+    shape, axis = FEW[layout](n, features)
+    rng = np.random.default_rng(n)
+    for dtype in (np.float32, np.float64):
+        x, dy = rng.standard_normal((2, *shape)).astype(dtype)
+        each = sample_shape(shape, axis)
+        given = {"nan": "omit" if "omit" in options else "propagate"}
+        if "weights" in options:
+            given["weights"] = np.full(each, 2.0)
+        if "where" in options:
+            given["where"] = np.ones(each, bool)
+        beta = rng.standard_normal(features)
+        with running(machine):
+            y, m = fastbn.batch_norm(x, beta=beta, axis=axis, **given)
+            trained = fastbn.batch_norm_backward(dy, x, m, axis=axis, **given)
+            frozen = fastbn.batch_norm_backward(dy, x, m, axis=axis, training=False, **given)
+            merged = fastbn.Moments.empty(features) + m
+        assert [a.shape for a in (y, m.mean, m.m2, *trained)] == [shape, *[(features,)] * 2, shape, *[(features,)] * 2]
+        assert merged == m
+        count = n * (2 if "weights" in options else 1)
+        np.testing.assert_array_equal(m.count, np.full(features, count))
+        if n == 0:
+            assert np.isnan(m.mean).all()
+            assert np.isnan(m.var).all()
+            assert not m.m2.any()
+            assert not np.any([trained[1:], frozen[1:]])
+            continue
+        rows, g = by_feature(x, axis), by_feature(dy, axis)
+        mean, half = rows.mean(axis=1), (rows - rows[:, :1]).sum(axis=1) / 2
+        np.testing.assert_allclose(m.mean, mean, rtol=1e-15, atol=1e-15)
+        np.testing.assert_allclose(m.m2, count * half**2 if n == 2 else 0 * half, rtol=1e-14)
+        for results in (trained, frozen):
+            np.testing.assert_allclose(results[2], g.sum(axis=1), rtol=1e-15, atol=1e-15)
+        if n == 1:
+            np.testing.assert_array_equal(m.mean, rows[:, 0])
+            np.testing.assert_array_equal(by_feature(y, axis)[:, 0], beta.astype(dtype))
+            assert not np.any([trained[1], frozen[1]])
+            assert (np.abs(trained[0]) <= np.abs(frozen[0]) * 2 * np.finfo(dtype).eps).all()
