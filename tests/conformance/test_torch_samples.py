@@ -335,7 +335,7 @@ def trained(layer, x, dy):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(samples, name):
-    """Ours, and PyTorch's converted: values, gradients, state; printed, copied, in both modes."""
+    """Ours, and PyTorch's converted: values, gradients, state, in both modes."""
     for k, (training, constructor, ((x,), kwargs)) in enumerate(samples["layers"][name]):
         assert not kwargs
         what = f"{name}, {k}: {constructor}, training={training}"
@@ -360,9 +360,8 @@ def test_layers(samples, name):
                 for key, value in theirs.state_dict().items():
                     close(layer.state_dict()[key], value, x.dtype, f"{key}, {what}")
         if x.dtype == F64:
-            for layer in (mine, copy.deepcopy(mine)):
-                assert torch.autograd.gradcheck(layer, (x,), fast_mode=True)
-                assert torch.autograd.gradgradcheck(layer, (x,), fast_mode=True)
+            assert torch.autograd.gradcheck(mine, (x,), fast_mode=True)
+            assert torch.autograd.gradgradcheck(mine, (x,), fast_mode=True)
 
 
 @pytest.mark.parametrize("name", LAYERS)
