@@ -180,7 +180,8 @@ def check_inverse(x, batch, y, stats):
 
 
 def inverse(batch, y, stats):
-    dtype = y.dtype if y.dtype in tolerances.EPS else tolerances.FLOAT64
+    single = y.dtype.kind == "f" and y.dtype.itemsize == 4
+    dtype = tolerances.FLOAT32 if single else tolerances.FLOAT64
     y = np.asarray(y, dtype)
     exact = oracle.Given(y, *stats, *batch.affine, axis=batch.axis, eps=batch.eps)
     mean = spread(np.asarray(stats[0], exact.wide), y.ndim, batch.axis)
