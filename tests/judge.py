@@ -16,7 +16,6 @@ from helpers import assert_within, by_feature, spread
 
 from fastbn import reference
 
-
 TINY = np.finfo(np.float64).smallest_subnormal
 
 
@@ -28,7 +27,9 @@ class Value(NamedTuple):
 
     def check(self, actual, what, times=1):
         with np.errstate(over="ignore"):  # what the dtype does not hold is infinite
-            exact = np.where(np.abs(self.exact) > np.finfo(actual.dtype).max, np.inf, 1) * self.exact
+            exact = (
+                np.where(np.abs(self.exact) > np.finfo(actual.dtype).max, np.inf, 1) * self.exact
+            )
         odd = ~np.isfinite(exact)
         some = np.where(odd, exact, 0)
         np.testing.assert_array_equal(np.where(odd | ~np.isfinite(actual), actual, 0), some, what)
@@ -163,9 +164,15 @@ class Elements:
         """Where no sign of y hangs on its rounding."""
         b = self.batch
         again = reference.batch_norm_backward(
-            b.get("dy").astype(self.x.dtype), b.x, stats, *b.affine, **b.fused, **self.mask,
-            weights=self.given.get("weights"), training=training,
-        )  # fmt: skip
+            b.get("dy").astype(self.x.dtype),
+            b.x,
+            stats,
+            *b.affine,
+            **b.fused,
+            **self.mask,
+            weights=self.given.get("weights"),
+            training=training,
+        )
         (dgamma, dbeta), limit = limits
         for k, bound in enumerate((limit, dgamma.limit, dbeta.limit)):
             Value(again[k], bound).check(results[k], f"{k} of the reference, {what}", 2)
@@ -180,7 +187,8 @@ def check_inverse(x, batch, y, stats):
 
 
 def inverse(batch, y, stats):
-    dtype = y.dtype if y.dtype in tolerances.EPS else tolerances.FLOAT64
+    single = y.dtype.kind == "f" and y.dtype.itemsize == 4
+    dtype = tolerances.FLOAT32 if single else tolerances.FLOAT64
     y = np.asarray(y, dtype)
     exact = oracle.Given(y, *stats, *batch.affine, axis=batch.axis, eps=batch.eps)
     mean = spread(np.asarray(stats[0], exact.wide), y.ndim, batch.axis)

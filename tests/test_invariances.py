@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import samples
 import tolerances
-from helpers import assert_within, bits, by_feature, features_of
-from strategies import SEEDS, batches, by_feature_of, property_test, running, st
+from helpers import assert_within, bits, by_feature
+from strategies import SEEDS, batches, property_test, running, st
 from test_gradients import derivative
 from tolerances import EPS64, MERGE
 
@@ -16,10 +16,11 @@ from fastbn import Moments
 
 NO_RAISE = ["propagate", "omit"]
 FLOATS = st.sampled_from(["f4", "f8"])
+DOUBLE = st.just("f8")
 
 
 def everything(batch, m=None):
-    """(results of x's shape, results per feature) of all operations, with given statistics or own."""
+    """Results of all operations, those of x's shape and those per feature; m or own statistics."""
     x, affine, fused = batch.x, batch.affine, batch.fused
     plain = {"axis": batch.axis, "eps": batch.eps}
     with running(batch.machine):
@@ -71,7 +72,11 @@ def features_last(batch):
 def test_the_order_of_features_changes_no_bit(batch, seed):
     order = np.random.default_rng(seed).permutation(batch.features)
     plain = batch.plain()
-    shuffled = {name: plain.get(name)[order] for name in ("gamma", "beta", "mean", "var") if name in batch.arrays}
+    shuffled = {
+        name: plain.get(name)[order]
+        for name in ("gamma", "beta", "mean", "var")
+        if name in batch.arrays
+    }
     one = plain.x.ndim == 1
     for name in ("x", "dy", "residual"):
         if name in batch.arrays:
@@ -83,15 +88,20 @@ def test_the_order_of_features_changes_no_bit(batch, seed):
     assert bits(*again[1]) == bits(*[a[order] for a in per_feature])
 
 
-@property_test(60, batch=batches(nans=NO_RAISE, optional=("weights", "gamma", "beta", "residual")),
-               seed=SEEDS)  # fmt: skip
+@property_test(
+    60, batch=batches(nans=NO_RAISE, optional=("weights", "gamma", "beta", "residual")), seed=SEEDS
+)
 def test_the_order_of_samples(batch, seed):
     """Moments within rounding; what is done to an element, given the statistics, to the bit."""
     batch = batch.plain()
     x, axis = batch.x, batch.axis % batch.x.ndim
     along = next((k for k in range(x.ndim) if k != axis or x.ndim == 1), None)
     order = np.random.default_rng(seed).permutation(x.shape[along])
-    shuffled = {name: np.take(batch.get(name), order, along) for name in ("x", "dy", "residual") if name in batch.arrays}
+    shuffled = {
+        name: np.take(batch.get(name), order, along)
+        for name in ("x", "dy", "residual")
+        if name in batch.arrays
+    }
     if "weights" in batch.arrays:
         each = samples.sample_shape(x.shape, axis)
         weights = np.broadcast_to(batch.get("weights"), each)
@@ -126,7 +136,9 @@ def test_a_feature_is_alone(batch, seed):
     others = np.arange(batch.features) != which
     changed = {name: batch.get(name).copy() for name in ("x", "dy", "mean", "var")}
     top = np.finfo(batch.x.dtype).max
-    odd = rng.choice([np.nan, np.inf, -np.inf, top, -top, 1e-42, 0, 1, -1e30], 3).astype(batch.x.dtype)
+    odd = rng.choice([np.nan, np.inf, -np.inf, top, -top, 1e-42, 0, 1, -1e30], 3).astype(
+        batch.x.dtype
+    )
     for name in ("x", "dy"):
         if changed[name].dtype.kind == "f":
             one = np.moveaxis(changed[name], batch.axis, 0)[which]
@@ -142,8 +154,13 @@ def test_a_feature_is_alone(batch, seed):
 MODERATE = ("offset 0", "offset 1e3", "offset 1e6", "few values", "outlier first", "neighbours")
 
 
-@property_test(80, batch=batches(nans=NO_RAISE, dtypes=FLOATS, kinds=MODERATE),
-               of_x=st.integers(-20, 20), of_y=st.integers(-20, 20), sign=st.sampled_from([1, -1]))  # fmt: skip
+@property_test(
+    80,
+    batch=batches(nans=NO_RAISE, dtypes=FLOATS, kinds=MODERATE),
+    of_x=st.integers(-20, 20),
+    of_y=st.integers(-20, 20),
+    sign=st.sampled_from([1, -1]),
+)
 def test_powers_of_two_scale_results_exactly(batch, of_x, of_y, sign):
     """x by one of them (and eps by its square), gamma, beta and residual by another; and signs."""
     batch = batch.plain()
@@ -171,8 +188,12 @@ def test_powers_of_two_scale_results_exactly(batch, of_x, of_y, sign):
         np.testing.assert_array_equal(b, a * (sign if k % 2 == 0 else 1))
 
 
-@property_test(60, batch=batches(optional=(), nans=["propagate"], dtypes=FLOATS, kinds=MODERATE),
-               shift=st.integers(-(2**15), 2**15), exponent=st.integers(-6, 6))  # fmt: skip
+@property_test(
+    60,
+    batch=batches(optional=(), nans=["propagate"], dtypes=FLOATS, kinds=MODERATE),
+    shift=st.integers(-(2**15), 2**15),
+    exponent=st.integers(-6, 6),
+)
 def test_an_exact_shift_moves_the_mean_alone(batch, shift, exponent):
     """Deviations are taken from a value of the data: what rounds nothing leaves m2 its bits."""
     batch = batch.plain()
@@ -227,7 +248,9 @@ def test_parts_merge_to_the_whole(batch, seed, tree):
         check_moments_alike(n, whole, x, where, "parts")
 
 
-@property_test(60, batch=batches(nans=NO_RAISE, optional=("where", "gamma", "beta", "residual", "weights")))
+@property_test(
+    60, batch=batches(nans=NO_RAISE, optional=("where", "gamma", "beta", "residual", "weights"))
+)
 def test_a_mask_makes_a_shorter_batch(batch):
     """The moments of what is kept alone; and, given those, its elements to the bit."""
     batch = batch.plain()
@@ -263,8 +286,12 @@ def test_whole_weights_are_repetitions(batch, seed):
 # --- Gradients ------------------------------------------------------------------------------------
 
 
-@property_test(60, batch=batches(dtypes=st.just("f8"), kinds=("offset 0",), nans=NO_RAISE, most=400),
-               training=st.booleans(), seed=SEEDS)  # fmt: skip
+@property_test(
+    60,
+    batch=batches(dtypes=DOUBLE, kinds=("offset 0",), nans=NO_RAISE, most=400),
+    training=st.booleans(),
+    seed=SEEDS,
+)
 def test_gradients_are_differences(batch, training, seed):
     """Of the forward, in every argument, with weights, masks and missing values."""
     batch = batch.plain()._replace(eps=0.25)
@@ -289,9 +316,16 @@ def test_gradients_are_differences(batch, training, seed):
         activation = None if corner.any() else batch.activation
         stats = fastbn.moments(x, axis=batch.axis, **batch.samples) if training else frozen
         gradients = fastbn.batch_norm_backward(
-            loss_of, x, stats, *values[1:3], training=training, activation=activation,
-            residual=values[3] if len(values) > 3 else None, **shared, **batch.samples,
-        )  # fmt: skip
+            loss_of,
+            x,
+            stats,
+            *values[1:3],
+            training=training,
+            activation=activation,
+            residual=values[3] if len(values) > 3 else None,
+            **shared,
+            **batch.samples,
+        )
         assert len(gradients) == len(values)
         for k, (value, gradient) in enumerate(zip(values, gradients)):
             direction = rng.uniform(-1, 1, value.shape)

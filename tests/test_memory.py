@@ -7,25 +7,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers import bits
+from placing import GUARD, MARGIN, Placed, arrangement, room_for, view_in
 from samples import sample_shape
 from strategies import (
     CODES,
-    GUARD,
-    MARGIN,
     SEEDS,
-    Placed,
-    arrangement,
     batches,
-    large_shapes,
     property_test,
-    room_for,
     running,
     st,
-    view_in,
 )
 
 import fastbn
-from fastbn import _runtime
 
 NO_RAISE = ["propagate", "omit"]
 LIKE_X = ("x", "dy", "residual")
@@ -103,9 +96,17 @@ def test_out_gets_the_same_bits(batch, name, code):
     assert (memory == GUARD).all(), "something around out was written to"
 
 
-@property_test(150, batch=batches(nans=NO_RAISE), name=OPERATIONS, shared=st.sampled_from(
-    ["x", "dy", "residual", "x", "gamma", "beta", "mean", "var", "weights", "where"]),
-    codes=st.tuples(CODES, CODES), exactly=st.booleans(), at=SEEDS)  # fmt: skip
+@property_test(
+    150,
+    batch=batches(nans=NO_RAISE),
+    name=OPERATIONS,
+    shared=st.sampled_from(
+        ["x", "dy", "residual", "x", "gamma", "beta", "mean", "var", "weights", "where"]
+    ),
+    codes=st.tuples(CODES, CODES),
+    exactly=st.booleans(),
+    at=SEEDS,
+)
 def test_out_that_shares_memory(batch, name, shared, codes, exactly, at):
     """Exactly an input, or anywhere in its memory: as if the input had been copied first."""
     if shared not in batch.arrays:
@@ -173,8 +174,13 @@ FAULTS = {
 }
 
 
-@property_test(150, batch=batches(nans=NO_RAISE), fault=st.sampled_from(sorted(FAULTS)), seed=SEEDS,
-               training=st.booleans())  # fmt: skip
+@property_test(
+    150,
+    batch=batches(nans=NO_RAISE),
+    fault=st.sampled_from(sorted(FAULTS)),
+    seed=SEEDS,
+    training=st.booleans(),
+)
 def test_what_is_refused_is_refused_first(batch, fault, seed, training):
     """Naming the argument; and neither `out` nor a layer's statistics have changed."""
     b, rng = batch, np.random.default_rng(seed)
@@ -188,14 +194,27 @@ def test_what_is_refused_is_refused_first(batch, fault, seed, training):
         x = np.array(b.x, dtype_of(b))
         x[tuple(rng.integers(n) for n in x.shape)] = np.nan
     argument = "x" if fault == "NaN" else fault
-    given = {"axis": b.axis, "eps": b.eps, "activation": b.activation, "nan": "propagate", "out": out}
+    given = {
+        "axis": b.axis,
+        "eps": b.eps,
+        "activation": b.activation,
+        "nan": "propagate",
+        "out": out,
+    }
     given |= {k: v for k, v in spoilt.items() if k not in ("x", "stats", "dy")}
     gamma, beta = given.pop("gamma", None), given.pop("beta", None)
     stats = spoilt.get("stats", (np.zeros(b.features), np.ones(b.features)))
     weights = {"weights": given.pop("weights")} if "weights" in given else {}
     attempts = [
         lambda: fastbn.batch_norm_backward(
-            spoilt.get("dy", b.get("dy")), x, stats, gamma, beta, training=training, **weights, **given
+            spoilt.get("dy", b.get("dy")),
+            x,
+            stats,
+            gamma,
+            beta,
+            training=training,
+            **weights,
+            **given,
         ),
     ]
     if fault not in ("stats", "dy"):

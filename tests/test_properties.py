@@ -72,8 +72,12 @@ def test_normalize(batch, kind):
     judge.Elements(batch, *used).check_y(y)
 
 
-@property_test(200, batch=batches(), kind=st.sampled_from(["own", "own", "pair", "running"]),
-               training=st.booleans())  # fmt: skip
+@property_test(
+    200,
+    batch=batches(),
+    kind=st.sampled_from(["own", "own", "pair", "running"]),
+    training=st.booleans(),
+)
 def test_batch_norm_backward(batch, kind, training):
     with calling(batch):
         y, m = fastbn.batch_norm(batch.x, *batch.affine, **batch.fused, **batch.samples)
@@ -81,17 +85,25 @@ def test_batch_norm_backward(batch, kind, training):
         if kind != "own":
             y = fastbn.normalize(batch.x, stats, *batch.affine, **batch.fused, **batch.mask)
         results = fastbn.batch_norm_backward(
-            batch.get("dy"), batch.x, stats, *batch.affine, training=training, **batch.fused,
+            batch.get("dy"),
+            batch.x,
+            stats,
+            *batch.affine,
+            training=training,
+            **batch.fused,
             **batch.samples,
-        )  # fmt: skip
+        )
     elements = judge.Elements(batch, *used)
     limits = elements.check_gradients(results, y, training, m.count)
     if batch.activation is None:
         elements.check_gradients_of_reference(results, used, training, limits)
 
 
-@property_test(100, batch=batches(optional=("gamma", "beta"), nans=["propagate"]),
-               kind=st.sampled_from(["own", "pair"]))  # fmt: skip
+@property_test(
+    100,
+    batch=batches(optional=("gamma", "beta"), nans=["propagate"]),
+    kind=st.sampled_from(["own", "pair"]),
+)
 def test_denormalize(batch, kind):
     """Of any y; and of normalised x, which comes back."""
     shared = {"axis": batch.axis, "eps": batch.eps}
@@ -107,8 +119,12 @@ def test_denormalize(batch, kind):
 
 # --- Threads and instruction sets -----------------------------------------------------------------
 
-LARGE = batches(shape=large_shapes(), dtypes=st.sampled_from(["f4", "f4", "f4", "f8"]), codes=PLAIN,
-                nans=["propagate", "omit"])  # fmt: skip
+LARGE = batches(
+    shape=large_shapes(),
+    dtypes=st.sampled_from(["f4", "f4", "f4", "f8"]),
+    codes=PLAIN,
+    nans=["propagate", "omit"],
+)
 
 
 @property_test(16, batch=LARGE)
@@ -154,8 +170,13 @@ def streams(draw):
     return [(rng.standard_normal((n, features)) + offset).astype(dtype) for n in sizes]
 
 
-@property_test(80, batches=streams(), momentum=st.sampled_from([None, 0, 0.1, 0.5, 1, -0.25]),
-               ddof=st.sampled_from([0, 1, 0.5]), machine=MACHINES)  # fmt: skip
+@property_test(
+    80,
+    batches=streams(),
+    momentum=st.sampled_from([None, 0, 0.1, 0.5, 1, -0.25]),
+    ddof=st.sampled_from([0, 1, 0.5]),
+    machine=MACHINES,
+)
 def test_running_moments(batches, momentum, ddof, machine):
     """Exponential averages as their formula has them; without momentum, the moments of all."""
     features = batches[0].shape[1]
@@ -188,8 +209,14 @@ def test_running_moments(batches, momentum, ddof, machine):
     np.testing.assert_allclose(state.var, var, rtol=tolerances.MERGE)
 
 
-@property_test(80, batches=streams(), convention=st.sampled_from(["torch", "keras", "onnx"]),
-               affine=st.booleans(), activation=st.sampled_from([None, "relu"]), machine=MACHINES)  # fmt: skip
+@property_test(
+    80,
+    batches=streams(),
+    convention=st.sampled_from(["torch", "keras", "onnx"]),
+    affine=st.booleans(),
+    activation=st.sampled_from([None, "relu"]),
+    machine=MACHINES,
+)
 def test_the_layer(batches, convention, affine, activation, machine):
     """It is the functions with running statistics, and a state that can be carried over."""
     features, dtype = batches[0].shape[1], batches[0].dtype
