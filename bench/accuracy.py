@@ -77,7 +77,16 @@ def text(value: float) -> str:
         return f"{value:.1f}"
     if value < 999.5:
         return f"{value:.0f}"
-    return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+    return scientific(value)
+
+
+def scientific(value: float) -> str:
+    return (
+        f"{value:.0e}".replace("0e+00", "0")
+        .replace("e-0", "e-")
+        .replace("e+0", "e")
+        .replace("e+", "e")
+    )
 
 
 def tables(found: Found) -> Iterator[str]:
@@ -88,7 +97,7 @@ def tables(found: Found) -> Iterator[str]:
         yield f"**Statistics of {dtype}**, in ulps of the dtype that the library returns\n"
         yield from table(found, dtype, STATISTICS, lambda c: text(c[0]), " ({})")
     yield "**Statistics of float32**, relative errors\n"
-    yield from table(found, "float32", STATISTICS, lambda c: f"{c[1]:.0e}", "")
+    yield from table(found, "float32", STATISTICS, lambda c: scientific(c[1]), "")
 
 
 def table(
