@@ -77,7 +77,7 @@ BAD = [
     *[("axis", ValueError, value) for value in (2, -3, 100, -100)],
     *[("axis", TypeError, value) for value in ("1", 1.0, None, (1,), np.float64(1))],
     *[("eps", ValueError, value) for value in (-1e-9, -1, np.nan, np.inf, -np.inf, 10**400)],
-    *[("eps", TypeError, value) for value in ("a", "1e-5", None, 1j, [1e-5], X)],
+    *[("eps", TypeError, value) for value in ("a", "1e-5", None, 1j, [1e-5], X, True)],
     *[(name, ValueError, value) for name in ("gamma", "beta") for value in NOT_PER_FEATURE],
     *[(name, TypeError, value) for name in ("gamma", "beta")
       for value in (GAMMA * 1j, ["a", "b", "c"], np.ma.masked_array(GAMMA, GAMMA > 0),

@@ -33,6 +33,15 @@ def test_large_shapes(name, dtype, simd):
     oracle.check_moments(simd.moments(x, axis=axis), x, axis, f"outlier first, {name}")
 
 
+@pytest.mark.parametrize(("shape", "axis"), cases([((1009, 3), 1), ((3, 4, 600), 1), ((999,), 0)]))
+def test_an_outlier_first_and_a_large_mean(shape, axis, simd):
+    """The second look at a chunk is about a value near the data, not only away from the outlier."""
+    for dtype in (np.float32, np.float64):
+        x = make("offset 1e6", shape, axis, dtype)
+        x[tuple(slice(None) if k == axis and x.ndim > 1 else 0 for k in range(x.ndim))] += 1000
+        oracle.check_moments(simd.moments(x, axis=axis), x, axis, dtype.__name__)
+
+
 @functools.lru_cache(maxsize=1)
 def million(offset):
     """A float32 batch, with its mean and m2."""

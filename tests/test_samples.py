@@ -206,6 +206,18 @@ def test_a_first_chunk_that_is_left_out():
         assert abs(Fraction(m.mean[f]) + Fraction(m._table[3, f]) - exact) < 1e-14
 
 
+@pytest.mark.parametrize("kind", ["weights", "where", "omit", "all"])
+@pytest.mark.parametrize(("shape", "axis"), cases([((1009, 3), 1), ((3, 4, 600), 1), ((999,), 0)]))
+def test_an_outlier_first_and_a_large_mean(shape, axis, kind, simd):
+    """The second look at a chunk is about a value near the data, not only away from the outlier."""
+    x, given = samples.batch(kind, shape, axis, np.float64, "offset 1e6")
+    first = (0,) * len(samples.sample_shape(shape, axis))
+    for name in given.keys() & {"weights", "where"}:
+        given[name][first] = 1
+    x[first if x.ndim == 1 else (*first[:axis], slice(None), *first[axis:])] = 1e6 + 1000
+    samples.check_moments(simd.moments(x, axis=axis, **given), x, axis, given, kind)
+
+
 # --- Arguments ------------------------------------------------------------------------------------
 
 

@@ -157,13 +157,13 @@ def tested(tree: Path, tests: Iterable[str], timeout: float) -> str:
     raise ValueError(f"pytest ended with {code}: {output[-300:]}")
 
 
-def planted_and_tested(fault: Fault, original: Path, timeout: float) -> Result:
+def planted_and_tested(fault: Fault, original: Path, core: list[str], timeout: float) -> Result:
     start = time.monotonic()
     caught = False
     try:
         with planted(fault, original) as tree:
             by = tested(tree, fault.tests, timeout)
-            by = by or tested(tree, [n for n in CORE if n not in fault.tests], 4 * timeout)
+            by = by or tested(tree, [n for n in core if n not in fault.tests], 4 * timeout)
         caught = bool(by)
     except ValueError as error:
         by = str(error)
@@ -203,6 +203,9 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
         metavar="S",
         help="seconds for a fault's own tests (default: %(default)s), and a quarter of those for "
         "the core",
+    )
+    parser.add_argument(
+        "--own", action="store_true", help="leave it at a fault's own tests, and the core out"
     )
     parser.add_argument(
         "--trust", action="store_true", help="take it that the tests pass without a fault"
@@ -255,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{len(found)} faults")
         return 0
     before = results_in(arguments.out, found) if arguments.resume else {}
+    core = [] if arguments.own else CORE
     results = list(before.values())
     waiting = [f for f in found if f.name not in before]
     lock = threading.Lock()
@@ -262,12 +266,14 @@ def main(argv: list[str] | None = None) -> int:
         needed = sorted({f.build or "avx2" for f in waiting})
         trees = {name: new_tree(Path(folder), name) for name in needed}
         for name, tree in trees.items():
-            files = {n for f in waiting if (f.build or "avx2") == name for n in f.files} | {*CORE}
+            files = {n for f in waiting if (f.build or "avx2") == name for n in f.files} | {*core}
             if not arguments.trust and (failed := tested(tree, sorted(files), 7200)):
                 raise SystemExit(f"without a fault, on {name}: {failed}")
 
         def work(fault: Fault) -> None:
-            result = planted_and_tested(fault, trees[fault.build or "avx2"], arguments.timeout)
+            result = planted_and_tested(
+                fault, trees[fault.build or "avx2"], core, arguments.timeout
+            )
             with lock:
                 results.append(result)
                 how = "caught by" if result.caught else "SURVIVED"
