@@ -57,7 +57,7 @@ def ours():
 
 
 def output(code, **environment):
-    result = run_python(START + code, "-W", "error", **environment)
+    result = run_python(START + code, "-W", "error", timeout=300, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
