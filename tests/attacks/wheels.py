@@ -14,6 +14,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -230,7 +231,8 @@ def run_suite(python: str, wheel: Path, options: argparse.Namespace, checks: Che
     checks.same(installed.parent.name, "site-packages", f"{name}: fastbn is the installed one")
     checks.expect(here in installed.parents, f"{name}: and this environment's", installed)
     runtimes = ROOT / "tests/attacks/openmp_runtimes.py"
-    print(run_script([programs / "python", runtimes], suite, clean, name, checks), end="")
+    command = [programs / "python", runtimes]
+    print(checks.runs(command, f"{name}: OpenMP runtimes", cwd=suite, env=clean), end="")
     command = [programs / "python", "-m", "pytest", "-q", "-ra", *options.pytest]
     with open(here / "suite.log", "w") as log:
         code = run(command, cwd=suite, env=clean, stdout=log).returncode
@@ -240,12 +242,6 @@ def run_suite(python: str, wheel: Path, options: argparse.Namespace, checks: Che
     size += sum(f.stat().st_size for f in (installed.parent / "fastbn.libs").glob("*"))
     print(f"{name} with NumPy {where[1]}: {closing.strip('= ')}; installed {size / 1e6:.2f} MB")
     shutil.rmtree(here / "environment")
-
-
-def run_script(
-    command: list[str | Path], cwd: Path, env: dict[str, str], name: str, checks: Checks
-) -> str:
-    return checks.runs(command, f"{name}: OpenMP runtimes side by side", cwd=cwd, env=env)
 
 
 def main() -> int:
@@ -268,6 +264,9 @@ def main() -> int:
     )
     options = parser.parse_args()
     options.folder = (options.folder or Path(tempfile.mkdtemp(prefix="fastbn-wheels-"))).resolve()
+    for number in (signal.SIGINT, signal.SIGHUP):  # which a job in the background may ignore,
+        if signal.getsignal(number) == signal.SIG_IGN:  # and tests send
+            signal.signal(number, signal.SIG_DFL)
     checks = Checks()
     tools = options.folder / "tools/bin"
     if not (tools / "pydistcheck").exists():
