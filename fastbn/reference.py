@@ -160,7 +160,8 @@ def batch_norm_backward(
     dx = g
     if training:
         n = w.sum(axis=1, keepdims=True)
-        share = np.divide(w, n, out=np.zeros_like(w), where=n > 0)
+        dgamma = np.where(n[:, 0] > 0, dgamma, 0)  # without data there is no deviation
+        share = np.divide(w, n, out=np.full_like(w, np.nan), where=n > 0)
         dx = g - share * (dbeta[:, np.newaxis] + xhat * dgamma[:, np.newaxis])
     dx = _like(np.where(kept, _column(gamma, 1) / std * dx, 0), x, axis)
     return (dx, dgamma, dbeta) if residual is None else (dx, dgamma, dbeta, _like(g, x, axis))

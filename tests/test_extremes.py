@@ -59,10 +59,10 @@ def test_not_finite_gradients_and_statistics_stay_in_their_feature(shape, axis, 
     mean, var = m.mean.copy(), m.var.copy()
     mean[1] = var[1] = np.nan
     for training in (True, False):
-        good = implementation.batch_norm_backward(
-            np.ones_like(x), x, m, axis=axis, training=training
-        )
-        for gradient, stats in ((dy, m), (np.ones_like(x), (mean, var))):
+        for gradient, stats, same in ((dy, m, m), (np.ones_like(x), (mean, var), (m.mean, m.var))):
+            good = implementation.batch_norm_backward(
+                np.ones_like(x), x, same, axis=axis, training=training
+            )
             dx, dgamma, dbeta = implementation.batch_norm_backward(
                 gradient, x, stats, axis=axis, training=training
             )

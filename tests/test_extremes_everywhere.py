@@ -154,7 +154,7 @@ def check_everything(b):
     m, y, trained, frozen = results = everything(b)
     check_moments(m, b)
     with np.errstate(all="ignore"):
-        elements = judge.Elements(b, m.mean, m.var)
+        elements = judge.Elements(b, m)
         elements.check_y(y)
         for gradients, training in ((trained, True), (frozen, False)):
             elements.check_gradients(gradients, y, training, m.count)
