@@ -12,13 +12,14 @@
 #include <stdlib.h>
 #include <string.h>
 #define SIMDE_ENABLE_NATIVE_ALIASES
+#define SIMDE_NO_INLINE /* calls: inlined, some thousand of them take the compiler minutes */
 #include <simde/x86/avx512.h>
 
 #if defined(__AVX512F__)
 #error "to be compiled without AVX-512"
 #endif
 
-#define EMULATED static inline __attribute__((always_inline))
+#define EMULATED static __attribute__((noinline, unused))
 #define MASKED_LOAD(name, vector, element, lanes, mask)                                           \
     EMULATED vector name(mask k, const void *p) {                                                 \
         element v[lanes];                                                                         \
