@@ -55,6 +55,14 @@ fastbn.show_config()
     assert f"instruction set  {expected} (of {', '.join(AVAILABLE)})" in config
 
 
+def test_this_process_runs_what_its_environment_chose():
+    """`FASTBN_ISA=generic pytest` tests the generic kernels, wherever a test names none."""
+    chosen = os.environ.get("FASTBN_ISA") or AVAILABLE[0]
+    assert _runtime.kernels.simd == chosen
+    assert _runtime.kernels.__name__ == f"fastbn.kernels._{chosen}"
+    assert _runtime.config()["instruction set"] == f"{chosen} (of {', '.join(AVAILABLE)})"
+
+
 @pytest.mark.parametrize("name", ["sse9", "AVX2", "avx2,generic", "_cpu", "../x"])
 def test_an_instruction_set_that_is_not_there(name):
     expected = f"expected one of {', '.join(AVAILABLE)} on this machine"
