@@ -16,7 +16,7 @@ import numpy as np
 from helpers import features_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from placing import Arrangement, Placed, arrangement, place
+from placing import MARGIN, Arrangement, Placed, arrangement, place
 from samples import sample_shape
 
 import fastbn
@@ -174,6 +174,7 @@ def values(shape, axis, dtype, kinds, rng):
 class Batch(NamedTuple):
     """Arguments of a call, anywhere in memory; None for what is not given."""
 
+    ordinary: bool  # the kernels take them as they are
     axis: int
     eps: float
     activation: str | None
@@ -224,6 +225,7 @@ class Batch(NamedTuple):
         return self._replace(arrays=arrays)
 
 
+LIKE_X = ("x", "dy", "residual")
 OPTIONAL = ("residual", "gamma", "beta", "weights", "where")
 NANS = ("propagate", "propagate", "omit", "raise")
 EPS = st.sampled_from([1e-5, 1e-3, 0, 0.0, 1, 1e-12, 7.25])
@@ -240,7 +242,11 @@ def batches(
     kinds=KINDS,
     most=4000,
 ):
-    """`codes` arrange arrays in memory; `optional` are arguments that may be there."""
+    """`codes` arrange arrays in memory; `optional` are arguments that may be there.
+
+    Half of them are ordinary: dense arrays in one order of axes, as the kernels take them.
+    """
+    ordinary = draw(st.booleans())
     shape = draw(shapes(most) if shape is None else shape)
     axis = draw(axes(len(shape)))
     dtype = draw(dtypes)
@@ -254,7 +260,7 @@ def batches(
     plain = {
         "x": values(shape, axis, dtype, kinds, rng),
         "dy": (rng.standard_normal(shape) * 3 + 0.3).astype(
-            rng.choice([compute, compute, *FLOATS, "i2"])
+            compute if ordinary else rng.choice([compute, *FLOATS, "i2"])
         ),
         "mean": rng.normal(0, 2, features).astype(rng.choice(FLOATS)),
         "var": np.square(rng.normal(0, 2, features)).astype(rng.choice(FLOATS)),
@@ -263,25 +269,36 @@ def batches(
         plain["residual"] = rng.standard_normal(shape).astype(compute)
     if "gamma" in there:
         gamma = rng.uniform(0.5, 2, features) * rng.choice([-3, -1, 0, 1, 2], features)
-        plain["gamma"] = gamma.astype(rng.choice(["f4", "f8", "f8", "i2"]))
+        plain["gamma"] = gamma.astype(rng.choice([*FLOATS] if ordinary else [*FLOATS, "i2"]))
     if "beta" in there:
         beta = 2 * rng.standard_normal(features)
-        plain["beta"] = beta.astype(rng.choice(["f4", "f8", "f8", "i2"]))
+        plain["beta"] = beta.astype(rng.choice([*FLOATS] if ordinary else [*FLOATS, "i2"]))
     if "weights" in there:
-        plain["weights"] = weights_of(part_of(each, rng), rng, draw(st.integers(0, 3)))
+        part = each if ordinary else part_of(each, rng)
+        plain["weights"] = weights_of(part, rng, 3 if ordinary else draw(st.integers(0, 3)))
     if "where" in there:
-        plain["where"] = where_of(part_of(each, rng), rng, draw(st.integers(0, 3)))
+        part = each if ordinary else part_of(each, rng)
+        plain["where"] = where_of(part, rng, draw(st.integers(0, 3)))
 
+    # Samples' arrays are taken as they are beside an x in C order alone.
+    permuted = ordinary and not there & {"weights", "where"} and rng.random() < 0.5
+    order = tuple(rng.permutation(len(shape)).tolist()) if permuted else tuple(range(len(shape)))
     placed, how = {}, {}
     for name, a in plain.items():
-        how[name] = arrangement(draw(codes), a.ndim)
+        if not ordinary:
+            how[name] = arrangement(draw(codes), a.ndim)
+        else:
+            own = order if name in LIKE_X else tuple(range(a.ndim))
+            how[name] = Arrangement(own, (1,) * a.ndim, MARGIN, False)
         placed[name] = place(a, how[name])
     nan = draw(st.sampled_from(nans))
     if dtype == compute:
         placed["x"] = with_gaps(placed, axis, nan, rng)
+    eps = draw(EPS)
     return Batch(
+        ordinary,
         axis,
-        draw(EPS),
+        float(eps) if ordinary else eps,
         draw(st.sampled_from([None, "relu"])),
         nan,
         draw(MACHINES),

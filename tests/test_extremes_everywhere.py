@@ -103,7 +103,7 @@ def batch(value, layout, dtype, options, machine, *, outer=24, inner=18, code=0,
         how = Arrangement(tuple(order), (1,) * x.ndim, MARGIN, False)
     arrays["x"] = place(x, how)
     nan = "omit" if "omit" in options else "propagate"
-    return Batch(axis, eps, None, nan, machine, how, arrays)
+    return Batch(code == 0, axis, eps, None, nan, machine, how, arrays)
 
 
 def everything(b):

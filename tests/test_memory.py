@@ -11,6 +11,7 @@ from placing import GUARD, MARGIN, Placed, arrangement, room_for, view_in
 from samples import sample_shape
 from strategies import (
     CODES,
+    LIKE_X,
     SEEDS,
     batches,
     property_test,
@@ -21,7 +22,6 @@ from strategies import (
 import fastbn
 
 NO_RAISE = ["propagate", "omit"]
-LIKE_X = ("x", "dy", "residual")
 
 
 def calls(batch):
@@ -84,6 +84,7 @@ def test_memory_order_changes_no_bit(batch, name):
 def test_out_gets_the_same_bits(batch, name, code):
     shape, dtype = batch.x.shape, dtype_of(batch)
     how = arrangement(code, len(shape), broadcast=False)._replace(swapped=False)
+    how = batch.arrangement if batch.ordinary else how
     memory = np.full(room_for(shape, dtype, how) + MARGIN, GUARD, np.uint8)
     out = view_in(memory, shape, dtype, how)
     with running(batch.machine):
@@ -116,11 +117,14 @@ def test_out_that_shares_memory(batch, name, shared, codes, exactly, at):
     how = arrangement(codes[0], a.ndim, broadcast=False)
     to = arrangement(codes[1], len(shape), broadcast=False)._replace(swapped=False)
     exactly = exactly and a.shape == shape and a.dtype == dtype
+    if batch.ordinary:
+        to = batch.arrangement
+        how = to if shared in LIKE_X else arrangement(0, a.ndim)
     if exactly:
         to = how = how._replace(swapped=False)
     room = max(room_for(shape, dtype, to), room_for(a.shape, a.dtype, how)) + MARGIN
     if not exactly:  # from where each begins, by any number of bytes or of elements
-        step = a.dtype.itemsize if at % 2 else 1
+        step = a.dtype.itemsize if at % 2 or batch.ordinary else 1
         how = how._replace(before=how.before + at // 2 % max(1, room // step) * step)
         room = max(room, room_for(a.shape, a.dtype, how)) + MARGIN
     memory = np.full(room, GUARD, np.uint8)
