@@ -280,7 +280,11 @@ class StandardScaler(preprocessing.StandardScaler):  # type: ignore[misc]
     def _scaled(self, X: Array, copy: bool) -> Array:
         """The transformed X, whose infinities were refused."""
         mean, scale = self._mean_and_scale()
-        return _affine(X, mean, None if scale is None else 1 / scale, None, copy)
+        seen, rest = getattr(self, "moments_", None), None
+        # What float64 does not hold of the mean, where nobody has set another one.
+        if seen is not None and mean is not None and np.shape(mean) == seen.mean.shape:
+            rest = np.where(seen.mean == mean, seen._table[3], 0)
+        return _affine(X, mean, None if scale is None else 1 / scale, None, copy, rest)
 
     def _mean_and_scale(self) -> tuple[Any, Any]:
         """Those that are asked for."""
@@ -295,15 +299,21 @@ def _moments(X: Array, **which: Any) -> fastbn.Moments:
     return fastbn.moments(X.astype(np.float32) if X.dtype == np.float16 else X, **which)
 
 
-def _affine(X: Array, center: Any, scale: Any, shift: Any, copy: bool) -> Array:
-    """``(X - center) * scale + shift``, in X itself unless `copy`."""
+def _affine(
+    X: Array, center: Any, scale: Any, shift: Any, copy: bool, rest: Array | None = None
+) -> Array:
+    """``(X - center - rest) * scale + shift``, in X itself unless `copy`."""
     if X.dtype == np.float16:
-        y = _affine(X.astype(np.float32), center, scale, shift, False).astype(np.float16)
+        y = _affine(X.astype(np.float32), center, scale, shift, False, rest).astype(np.float16)
         if not copy:
             X[...] = y
         return y if copy else X
-    features = X.shape[1]
-    stats = (np.zeros(features) if center is None else center, np.ones(features))
+    one = np.ones(X.shape[1])
+    stats: Any
+    if rest is None:
+        stats = np.zeros(X.shape[1]) if center is None else center, one
+    else:
+        stats = fastbn.Moments._wrap(np.stack([one, center, one, rest]))
     return fastbn.normalize(X, stats, scale, shift, eps=0.0, out=None if copy else X)
 
 
