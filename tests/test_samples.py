@@ -296,6 +296,8 @@ def test_raising_names_the_features():
     for call in calls:
         with pytest.raises(ValueError, match=r"^x: expected no NaN, got 3 in 2 of 12 .*: 3, 7$"):
             call(nan="raise")
+        with pytest.raises(ValueError, match=r"^x: expected no NaN, got 2 in 2 of 12 .*: 3, 7$"):
+            call(nan="raise", where=[True, True, True, True, False])  # which hides one of them
     assert (out == -77).all()
     where = [True, True, False, True, False]
     for call in calls:
