@@ -151,16 +151,18 @@ except OSError:
     sys.exit(print("no libgomp"))
 library.omp_set_num_threads(1)
 import fastbn
-print(ours().omp_get_max_threads(), fastbn.get_num_threads())
+if ours().omp_get_max_threads() != 1:
+    sys.exit(print("another OpenMP"))
+print(fastbn.get_num_threads())
 library.omp_set_num_threads(2)
 print(fastbn.get_num_threads())
 library.omp_set_num_threads(4)
 print(fastbn.get_num_threads(), in_a_thread(fastbn.get_num_threads))
 """
-    first, *others = output(code, OMP_NUM_THREADS="4", FASTBN_NUM_THREADS="6")
-    if first != "1 1":
-        pytest.skip(f"this build has another OpenMP than the system's libgomp ({first})")
-    assert others == ["2", "6 6"]
+    found = output(code, OMP_NUM_THREADS="4", FASTBN_NUM_THREADS="6")
+    if found in (["no libgomp"], ["another OpenMP"]):
+        pytest.skip(f"lowers the number of the system's libgomp, and there is {found[0]}")
+    assert found == ["1", "2", "6 6"]
 
 
 @pytest.mark.parametrize(
