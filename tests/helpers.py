@@ -104,7 +104,7 @@ def by_feature(a, axis, dtype=np.float64):
 def spread(values, ndim, axis):
     """(features,) made to broadcast against an array of `ndim` dimensions."""
     if ndim == 1:
-        return np.asarray(values)[0]
+        return np.reshape(values, 1)  # no scalar: NumPy 1 would round it to a float32 array's dtype
     shape = [1] * ndim
     shape[axis] = -1
     return np.reshape(values, shape)

@@ -188,7 +188,9 @@ def test_shift():
 
 
 def test_standard_scaler():
-    sklearn = pytest.importorskip("fastbn.sklearn", reason="scikit-learn is not installed")
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    from fastbn.sklearn import StandardScaler
+
     x = everything()["x"].reshape(-1, 7)
     for dtype in ("f4", "f8", "i4"):
         rows = (10 * x).astype(dtype)
@@ -196,7 +198,7 @@ def test_standard_scaler():
         plain = rows.astype(np.float64) if dtype == "f4" else rows
         done = []
         for batch, order in ((plain, np.copy), (rows, swapped)):
-            scaler = sklearn.StandardScaler().fit(order(batch)).partial_fit(order(batch[:5]))
+            scaler = StandardScaler().fit(order(batch)).partial_fit(order(batch[:5]))
             y = scaler.transform(order(batch))
             done.append(bits(scaler.mean_, scaler.var_, y, scaler.inverse_transform(order(y))))
         assert done[0] == done[1], dtype

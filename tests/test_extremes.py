@@ -73,6 +73,24 @@ def test_not_finite_gradients_and_statistics_stay_in_their_feature(shape, axis, 
             assert np.isnan(dx[1]).any()
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("shape", "axis"), cases(LAYOUTS))
+def test_the_gradient_of_relu_at_nan(shape, axis, dtype, training, implementation):
+    """It is dy, as the forward's NaN goes through too: a residual alone can hold NaN."""
+    x, dy, residual = (make("offset 0", shape, axis, dtype, seed) for seed in range(3))
+    odd = np.zeros(shape, bool)
+    np.moveaxis(odd, axis, 0)[1].flat[::3] = True
+    residual[odd] = np.nan
+    options = {"axis": axis, "activation": "relu", "residual": residual}
+    m = implementation.moments(x, axis=axis)
+    y = implementation.normalize(x, m, **options)
+    assert (np.isnan(y) == odd).all()
+    *_, dresidual = implementation.batch_norm_backward(dy, x, m, training=training, **options)
+    expected = np.where(odd | (y > 0), dy, dtype(0))
+    assert bits(dresidual) == bits(expected)
+
+
 @pytest.mark.parametrize("shape", [(40,), (40, 3), (4, 3, 10)])
 @pytest.mark.parametrize("low", [-1.7e308, 1.5e308])
 def test_a_mean_near_the_largest_float64(low, shape, simd):

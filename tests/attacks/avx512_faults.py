@@ -53,7 +53,7 @@ FAULTS = [
     ("d8 d8_where_positive", "_CMP_NLE_UQ", "_CMP_GT_OQ"),
     ("d8 d8_where_positive", "_CMP_NLE_UQ", "_CMP_NLT_UQ"),
     ("d8 d8_keep", "D8_FIRST(k)", "0xff"),
-    ("d8 d8_finite_or_zero", "_CMP_EQ_OQ", "_CMP_NLT_UQ"),
+    ("d8 d8_finite_or_zero", "_CMP_EQ_OQ", "_CMP_UNORD_Q"),
     ("int d8_any_less", "_CMP_LT_OQ", "_CMP_GT_OQ"),
     ("f16 f16_where(", "_CMP_NEQ_UQ", "_CMP_EQ_OQ"),
     ("d8 d8_where(", "_CMP_NEQ_UQ", "_CMP_EQ_OQ"),

@@ -29,8 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MACHINES = {"s390x": ("s390x", "s390x-linux-gnu"), "arm64": ("aarch64", "aarch64-linux-gnu")}
 PACKAGES = ("python3-numpy", "libpython3.11-dev", "libgomp1")
 # What the tests import and is plain Python: from here.
-PURE = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "hypothesis",
-        "sortedcontainers", "_hypothesis_globals")  # fmt: skip
+PURE = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments")
 PART = [f"tests/test_{name}.py" for name in
         ("byte_order", "exact", "extremes", "gradients", "layer", "layout", "npy_files",
          "numerics", "running", "samples", "saved_moments", "statistics")]  # fmt: skip
@@ -78,13 +77,7 @@ class Machine:
         self.pure.mkdir()
         packages = Path(numpy.__file__).parents[1]
         for name in PURE:
-            if (packages / name).is_dir():
-                no_binaries = shutil.ignore_patterns("*.so", "__pycache__")
-                shutil.copytree(packages / name, self.pure / name, ignore=no_binaries)
-            else:
-                shutil.copy(packages / f"{name}.py", self.pure)
-        for entry in packages.glob("hypothesis-*.dist-info"):  # pytest's plugin
-            shutil.copytree(entry, self.pure / entry.name)
+            shutil.copytree(packages / name, self.pure / name, ignore=left_out)
         include = self.system / "usr/include"
         for name in ("_cpu", "_generic"):
             source = f"fastbn/kernels/{name}"
