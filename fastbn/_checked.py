@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fastbn._arguments import (
     as_array,
     check_activation,
@@ -52,7 +54,16 @@ def mean_and_var(stats: Stats, features: int) -> tuple[Array, Array]:
 def statistics(stats: Stats, features: int) -> tuple[Array, Array | None]:
     """The same as the kernels take them, as `given`: a table has the mean's low-order part too."""
     pair = mean_and_var(stats, features)
-    return (stats._table, None) if isinstance(stats, Moments) else pair
+    table = stats._table if isinstance(stats, Moments) else None
+    # A pickle may bring a table of any kind.
+    ordinary = (
+        isinstance(table, np.ndarray)
+        and table.dtype == np.float64
+        and table.shape == (4, features)
+        and table.flags.c_contiguous
+        and table.flags.aligned
+    )
+    return (table, None) if ordinary else pair
 
 
 class Checked(NamedTuple):

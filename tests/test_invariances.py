@@ -7,6 +7,7 @@ import numpy as np
 import samples
 import tolerances
 from helpers import assert_within, bits, by_feature
+from hypothesis import assume
 from strategies import SEEDS, batches, property_test, running, st
 from test_gradients import derivative
 from tolerances import EPS64, MERGE
@@ -183,7 +184,8 @@ def test_powers_of_two_scale_results_exactly(batch, of_x, of_y, sign):
     np.testing.assert_array_equal(m22, m2 * float(factor) ** 2)
     np.testing.assert_array_equal(y2, y * y.dtype.type(scale * sign))
     for a, b in ((frozen, frozen2), (dx, dx2)):
-        np.testing.assert_array_equal(b, a * a.dtype.type(scale / 2.0**of_x))
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(b, a * a.dtype.type(scale / 2.0**of_x))
     for k, (a, b) in enumerate(zip(sums, sums2)):
         np.testing.assert_array_equal(b, a * (sign if k % 2 == 0 else 1))
 
@@ -312,6 +314,7 @@ def test_gradients_are_differences(batch, training, seed):
 
     with running(batch.machine):
         linear = forward(None, *values)
+        assume(np.isfinite(linear).all())  # weights that are all 0 leave no statistics
         corner = (np.abs(linear) < 0.05) & (linear != 0)  # exactly 0 is what is left out
         activation = None if corner.any() else batch.activation
         stats = fastbn.moments(x, axis=batch.axis, **batch.samples) if training else frozen

@@ -164,7 +164,7 @@ def test_parquet_types(block, tmp_path):
         ours = y[name].to_numpy()
         values = table[name].cast(pa.float64(), safe=False).to_numpy()
         m = total.moments
-        theirs = (values - m.mean[k]) / m.std[k]
+        theirs = (values - m.mean[k] - m._table[3][k]) / m.std[k]  # 2**60 has no digit to spare
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(np.isnan(ours), np.isnan(values))
 
