@@ -37,7 +37,8 @@ def arrangement(code, ndim, broadcast=True):
     if code & 1:
         order = rng.permutation(ndim).tolist()
     if code & 2:
-        steps = rng.choice([1, 1, -1, 2, -2, 3], ndim).tolist()
+        kinds = [1, -1], [1, 2, 3], [1, 1, -1, 2, -2, 3]
+        steps = rng.choice(kinds[rng.integers(3)], ndim).tolist()
     if code & 16 and broadcast:
         steps = [0 if rng.random() < 0.3 else s for s in steps]
     before = int(rng.choice([4, 8, 16, 60, 1, 3])) if code & 4 else MARGIN

@@ -244,9 +244,11 @@ def batches(
 ):
     """`codes` arrange arrays in memory; `optional` are arguments that may be there.
 
-    Half of them are ordinary: dense arrays in one order of axes, as the kernels take them.
+    Many are ordinary: dense arrays in one order of axes, as the kernels take them. Others are so
+    but for one array, and others not at all.
     """
-    ordinary = draw(st.booleans())
+    ordinary = draw(st.sampled_from([True, True, True, False, False]))
+    one_odd = ordinary and codes is not PLAIN and draw(st.booleans())
     shape = draw(shapes(most) if shape is None else shape)
     axis = draw(axes(len(shape)))
     dtype = draw(dtypes)
@@ -284,8 +286,9 @@ def batches(
     permuted = ordinary and not there & {"weights", "where"} and rng.random() < 0.5
     order = tuple(rng.permutation(len(shape)).tolist()) if permuted else tuple(range(len(shape)))
     placed, how = {}, {}
+    odd = rng.choice([*plain]) if one_odd else None
     for name, a in plain.items():
-        if not ordinary:
+        if not ordinary or name == odd:
             how[name] = arrangement(draw(codes), a.ndim)
         else:
             own = order if name in LIKE_X else tuple(range(a.ndim))
@@ -296,7 +299,7 @@ def batches(
         placed["x"] = with_gaps(placed, axis, nan, rng)
     eps = draw(EPS)
     return Batch(
-        ordinary,
+        ordinary and not one_odd,
         axis,
         float(eps) if ordinary else eps,
         draw(st.sampled_from([None, "relu"])),

@@ -103,6 +103,25 @@ def test_a_mean_near_the_largest_float64(low, shape, simd):
         np.testing.assert_allclose(m.mean, [float(e) for e in exact], rtol=1e-15)
 
 
+@pytest.mark.parametrize("shape", [(40,), (40, 3), (4, 3, 10)])
+def test_a_variance_beyond_the_range(shape, simd):
+    """y is beta, the limit; gradients are 0 whether or not a sum overflows; x is its mean again."""
+    x = np.random.default_rng(0).uniform(-0.9, 0.9, shape) * 1.7e308
+    beta = np.arange(1.0, 1 + (x.shape[1] if x.ndim > 1 else 1))
+    y, m = simd.batch_norm(x, beta=beta)
+    assert (m.var == np.inf).all()
+    np.testing.assert_array_equal(by_feature(y, 1), np.ones_like(by_feature(x, 1)) * beta[:, None])
+    for training in (True, False):
+        dx, dgamma, dbeta = simd.batch_norm_backward(x / 1e308, x, m, training=training)
+        assert not dx.any()
+        assert not dgamma.any()
+        assert np.isfinite(dbeta).all()
+    np.testing.assert_array_equal(
+        by_feature(simd.denormalize(y, m, beta=beta), 1),
+        np.ones_like(by_feature(x, 1)) * m.mean[:, None],
+    )
+
+
 @pytest.mark.parametrize("shape", [(100,), (100, 3), (4, 3, 25)])
 def test_m2_that_is_finite_where_its_sums_are_not(shape, simd):
     """Sums about the first element are four times what they are about the mean."""

@@ -276,6 +276,37 @@ def test_refusals_come_before_anything_is_written(argument):
     assert (out == -77).all()
 
 
+def test_weights_of_frozen_gradients_are_looked_at():
+    """They have no part in them; an array that is taken as it is is no exception."""
+    m, weights = fastbn.moments(X), np.array([1, 1, 1, 1, 1, -1.0])
+    for x in (X, X[::-1]):
+        with pytest.raises(ValueError, match=r"^weights: expected finite numbers >= 0"):
+            fastbn.batch_norm_backward(x, x, m, weights=weights, training=False)
+        results = fastbn.batch_norm_backward(x, x, m, weights=ONES * 7, training=False)
+        assert bits(*results) == bits(*fastbn.batch_norm_backward(x, x, m, training=False))
+
+
+@pytest.mark.parametrize("shape", [(40, 3), (9, 3, 7), (4, 3, 130), (600,)])
+@pytest.mark.parametrize("kind", ["where", "omit"])
+def test_frozen_gradients_of_nothing(shape, kind, implementation):
+    """A feature without data has NaN for its statistics, and sums of nothing, which are 0."""
+    x, dy = np.random.default_rng(0).standard_normal((2, *shape))
+    given = {"where": np.zeros(samples.sample_shape(shape, 1), bool)}
+    if kind == "omit":
+        given = {"nan": "omit"}
+        (x if x.ndim == 1 else np.moveaxis(x, 1, 0)[1])[...] = np.nan
+    m = implementation.moments(x, **given)
+    which = slice(1, 2) if kind == "omit" and x.ndim > 1 else slice(None)
+    dx, dgamma, dbeta = implementation.batch_norm_backward(dy, x, m, training=False, **given)
+    assert not dgamma[which].any()
+    assert not dbeta[which].any()
+    assert np.isfinite(dx).all()
+    assert np.isfinite(dgamma).all()
+    if implementation is fastbn:  # in place, where x is gone before the sums are complete
+        again = fastbn.batch_norm_backward(dy, x, m, training=False, out=x, **given)
+        assert bits(*again) == bits(dx, dgamma, dbeta)
+
+
 def test_weights_that_a_mask_hides_may_be_anything():
     weights = [np.nan, -1, np.inf, 1, 2, 3]
     m = fastbn.moments(X, weights=weights, where=[False, False, False, True, True, True])
