@@ -55,15 +55,10 @@ def statistics(stats: Stats, features: int) -> tuple[Array, Array | None]:
     """The same as the kernels take them, as `given`: a table has the mean's low-order part too."""
     pair = mean_and_var(stats, features)
     table = stats._table if isinstance(stats, Moments) else None
-    # A pickle may bring a table of any kind.
-    ordinary = (
-        isinstance(table, np.ndarray)
-        and table.dtype == np.float64
-        and table.shape == (4, features)
-        and table.flags.c_contiguous
-        and table.flags.aligned
-    )
-    return (table, None) if ordinary else pair
+    # A pickle may bring a table of any kind, in any memory.
+    if isinstance(table, np.ndarray) and table.shape == (4, features) and table.dtype.kind == "f":
+        return np.require(table, np.float64, ["C", "A"]), None
+    return pair
 
 
 class Checked(NamedTuple):

@@ -161,7 +161,7 @@ def odd_out(b, rng):
 
 # What is refused, by the name of the argument: how to spoil the call's arguments.
 FAULTS = {
-    "x": lambda b, rng: {"x": b.x.astype(rng.choice(["c8", "O", "U9"]))},
+    "x": lambda b, rng: {"x": b.x.astype(rng.choice(["c16", "O", "U9"]))},
     "axis": lambda b, rng: {"axis": int(rng.choice([b.x.ndim + 1, -b.x.ndim - 2]))},
     "eps": lambda b, rng: {"eps": rng.choice([-1e-9, np.nan, np.inf])},
     "gamma": lambda b, rng: {"gamma": np.ones(b.features + 1)},

@@ -227,7 +227,7 @@ class Set(torch.utils.data.Dataset):
 for _ in range(2):                              # and its own work goes on afterwards
     loader = torch.utils.data.DataLoader(
         Set(), batch_size=None, num_workers=2, timeout=60, multiprocessing_context="fork")
-    assert list(loader) == [(expected, 1)] * 4
+    assert [tuple(sample) for sample in loader] == [(expected, 1)] * 4
     assert torch.equal(t.T @ t, product) and digest() == expected
 
 def alternate(k):
