@@ -68,7 +68,9 @@ class Given:
         self.gamma = self.spread(ones if gamma is None else np.asarray(gamma, wide), x.ndim)
         self.beta = self.spread(0 * ones if beta is None else np.asarray(beta, wide), x.ndim)
         self.scale = self.gamma * self.spread(over, x.ndim)
-        self.xhat = (x - self.spread(np.asarray(mean, wide), x.ndim)) * self.spread(over, x.ndim)
+        # NumPy 1 makes float32 of a float32 array and a float64 scalar.
+        away = np.asarray(x, wide) - self.spread(np.asarray(mean, wide), x.ndim)
+        self.xhat = away * self.spread(over, x.ndim)
 
     def spread(self, values, ndim):
         return spread(values, ndim, self.axis)
