@@ -198,7 +198,7 @@ class BatchNorm:
             y, stats = self._train(a, out, fused, samples)
         else:
             stats, samples = self.running.mean_and_var, mask
-            shared = {"axis": self.axis, "eps": self.eps, "out": out}
+            shared: dict[str, Any] = {"axis": self.axis, "eps": self.eps, "out": out}
             y = normalize(a, stats, self.gamma, self.beta, **shared, **fused, **mask)
         if out is not None and any(
             b is not None and np.may_share_memory(out, b) for b in (a, residual, weights, where)

