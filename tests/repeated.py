@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,6 +49,7 @@ class Repeated:
         for file in files:
             os.close(file)
         whole = (ctypes.c_char * self.size).from_address(self.address)
+        weakref.finalize(whole, self.libc.munmap, self.address, self.size)
         self.array = np.frombuffer(whole, pieces.dtype)
 
     def _map(self, at, size, access, flags, file) -> int:
@@ -55,7 +57,3 @@ class Repeated:
         if address in (None, ctypes.c_void_p(-1).value):
             raise OSError(ctypes.get_errno(), "mmap refuses")
         return address
-
-    def close(self) -> None:
-        """Give the addresses back; `array` must not be used any more."""
-        self.libc.munmap(self.address, self.size)
