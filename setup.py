@@ -144,8 +144,6 @@ setup(
             "wraparound": False,
             "cdivision": True,
             "initializedcheck": DEBUG,
-            # Once imported, kernels write to what their call made or was given and to nothing else.
-            "freethreading_compatible": True,
         },
     ),
 )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-import sysconfig
 import threading
 
 import numpy as np
 import pytest
-from helpers import LARGE, SMALL, bits, make, parameters, run_python
+from helpers import LARGE, SMALL, bits, make, parameters
 
 import fastbn
 
@@ -189,13 +188,3 @@ def test_many_threads_merge_into_one():
 
     in_threads(6, work)
     assert bits(*parts) == before
-
-
-@pytest.mark.skipif(
-    not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a global lock"
-)
-def test_a_free_threaded_python_stays_free():
-    """Modules that do not declare it turn the global lock on, with a warning."""
-    code = "import sys, fastbn\nprint(sys._is_gil_enabled(), fastbn.moments([1.0, 2.0]).mean)"
-    result = run_python(code, "-W", "error", PYTHON_GIL="")
-    assert result.stdout == "False [1.5]\n", result
