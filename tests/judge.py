@@ -109,7 +109,10 @@ class Elements:
         b = self.batch
         assert y.dtype == self.x.dtype, what
         value = self.exact.forward(b.get("residual"), b.activation == "relu")
-        Value(np.where(self.kept, value.exact, 0), self.only_kept(value.limit)).check(y, what)
+        # The generic kernels round a product more, and the four halves of Y are just used up.
+        times = 1.25 if b.machine[0] == "generic" else 1
+        exact = Value(np.where(self.kept, value.exact, 0), self.only_kept(value.limit))
+        exact.check(y, what, times)
         if np.isinf(self.var).any():
             return  # differences of such values overflow in plain float64
         again = reference.normalize(b.x, self.stats, *b.affine, **b.fused, **self.mask)

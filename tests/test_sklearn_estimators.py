@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import bits
 from samples_scaler import assert_same_fit, batch, both, same_message, state
+from tolerances import MERGE
 
 import fastbn
 
@@ -159,7 +160,8 @@ def test_restored_from_attributes_alone(kind):
         assert scaler.moments_.count.tolist() == whole.moments_.count.tolist()
     bare = StandardScaler()
     bare.mean_, bare.scale_ = whole.mean_, whole.scale_
-    assert bits(bare.transform(X)) == bits(whole.transform(X))
+    # But for the mean's low-order part, which `moments_` has.
+    np.testing.assert_allclose(bare.transform(X), whole.transform(X), MERGE, MERGE)
     assert bits(bare.inverse_transform(X)) == bits(whole.inverse_transform(X))
     theirs = restored(Theirs(with_std=False).fit(X))
     with pytest.raises(ValueError, match="self: expected a scaler that knows its variance"):
