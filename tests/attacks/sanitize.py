@@ -82,7 +82,7 @@ MODES = {
     ),
     "undefined": Mode(
         # Python's own flags have -fwrapv, with which no integer overflows.
-        f"{COMMON} -fno-wrapv -fsanitize=undefined,float-cast-overflow,bounds-strict",
+        f"{COMMON} -fno-wrapv -fsanitize=undefined,float-cast-overflow",
         {"UBSAN_OPTIONS": "print_stacktrace=1:log_path={log}"},
         "libubsan.so",
         r"runtime error:",
