@@ -79,6 +79,7 @@ def outcomes(tmp_path_factory):
     here = [Path(__file__).parent, Path(fastbn.__file__).parents[1]]
     done = run_python(
         f"import pytest; pytest.main(['-p', 'swapped_scaler', *{options!r}])",
+        timeout=600,
         PYTHONPATH=os.pathsep.join(map(str, here)),
         REPORT=str(report),
     )
