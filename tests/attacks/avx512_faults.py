@@ -68,7 +68,8 @@ FAULTS = [
 ]
 # What is most likely to notice first; the first test that fails ends a run.
 TESTS = [f"tests/test_{name}.py" for name in
-         ("exact", "samples", "extremes", "gradients", "layout", "overlap", "threads")]  # fmt: skip
+         ("exact", "samples", "extremes", "gradients", "layout", "overlap", "threads",
+          "guard_pages")]  # fmt: skip
 SWITCH = """
 #include <stdlib.h>
 static int fastbn_fault;
