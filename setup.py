@@ -144,6 +144,7 @@ setup(
             "wraparound": False,
             "cdivision": True,
             "initializedcheck": DEBUG,
+            "freethreading_compatible": True,  # what threads share: tests/test_concurrency.py
         },
     ),
 )

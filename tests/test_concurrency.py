@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 import threading
 
 import numpy as np
 import pytest
-from helpers import LARGE, SMALL, bits, make, parameters
+from helpers import LARGE, SMALL, bits, make, parameters, run_python
 
 import fastbn
 
@@ -188,3 +189,12 @@ def test_many_threads_merge_into_one():
 
     in_threads(6, work)
     assert bits(*parts) == before
+
+
+@pytest.mark.skipif(
+    not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has its GIL for good"
+)
+def test_a_free_threaded_python_stays_so():
+    """A module that does not say it can do without turns the global lock on when imported."""
+    result = run_python("import sys, numpy, fastbn; print(sys._is_gil_enabled())")
+    assert (result.stdout.strip(), result.stderr) == ("False", "")

@@ -6,8 +6,15 @@ while it imports, and the first one goes on.
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from helpers import run_python
+
+pytestmark = pytest.mark.skipif(
+    not getattr(sys, "_is_gil_enabled", lambda: True)(),
+    reason="without the GIL NumPy itself fails in a second interpreter, and in the first after one",
+)
 
 START = """
 import os, sys, warnings

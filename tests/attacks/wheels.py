@@ -165,8 +165,9 @@ def built(pattern: str, folder: Path) -> Path:
 
 
 def tag_of(python: str) -> str:
-    code = "import sys, sysconfig as s; v = sys.version_info; "
-    code += "print(f'cp{v[0]}{v[1]}' + ('t' if s.get_config_var('Py_GIL_DISABLED') else ''))"
+    """The interpreter and its ABI, as in a wheel's name: cp313-cp313, or cp313-cp313t."""
+    code = "import sys, sysconfig as s; v = 'cp{}{}'.format(*sys.version_info); "
+    code += "print(v + '-' + v + ('t' if s.get_config_var('Py_GIL_DISABLED') else ''))"
     return need([python, "-c", code]).strip()
 
 
@@ -182,7 +183,7 @@ def build_sdist(folder: Path, tools: Path, checks: Checks) -> Path:
 
 def build_wheel(python: str, sdist: Path, tools: Path, checks: Checks) -> tuple[Path, Path]:
     """As built, and as repaired by auditwheel."""
-    name = f"*-{tag_of(python)}-{tag_of(python)}-"
+    name = f"*-{tag_of(python)}-"
     dist, repaired = sdist.parent, sdist.parent.parent / "repaired"
     if not list(dist.glob(f"{name}linux_*.whl")):
         pip = environment(python, dist.parent / "build") / "pip"
@@ -220,7 +221,7 @@ def requirements(wheel: Path, options: argparse.Namespace) -> list[str]:
 
 def run_suite(python: str, wheel: Path, options: argparse.Namespace, checks: Checks) -> None:
     """The suite from the installed wheel, far from any source of fastbn."""
-    name = tag_of(python) + ("-bare" if options.bare else "")
+    name = tag_of(python).partition("-")[2] + ("-bare" if options.bare else "")
     here = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=options.folder))
     programs = environment(python, here / "environment", *requirements(wheel, options))
     suite = copy({n for n in tracked() if n.startswith(READ)}, here / "suite")
