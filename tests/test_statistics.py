@@ -69,6 +69,7 @@ def test_variances():
     assert np.isnan(A.variance(1)[1:]).all()  # no degree of freedom is left
     assert np.isnan(A.var[2])
     assert A.variance(1.5)[0] == 2
+    assert np.isnan([A.variance(4)[0], A.variance(5)[0]]).all()  # nor here, where m2 is 5
     x = make("offset 1e3", (50, 3), 1, np.float64)
     for ddof in (0, 1, 3):
         expected = x.var(axis=0, ddof=ddof)
