@@ -202,7 +202,7 @@ def shift(
     ----------
     reference, batch : Moments, RunningMoments, (mean, var) or array_like
         What to compare with, and what to compare. A tuple of two is mean and variance, shape
-        (C,); any other array is data.
+        (C,); any other array is data, of which NaN are left out.
     axis : int, default 1
         The feature axis of arrays.
     names : iterable of C different strings, optional

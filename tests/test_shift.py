@@ -150,6 +150,16 @@ def test_no_figures_without_statistics(k, value):
     assert "nan" in str(report).splitlines()[2]
 
 
+def test_missing_values_are_left_out():
+    rng = np.random.default_rng(7)
+    x, y = rng.normal(size=(60, 3)), rng.normal(1, 2, size=(40, 3))
+    x[::7, 1], y[::5, 2] = np.nan, np.nan
+    report = shift(x, y)
+    assert np.isfinite(report.moved).all()
+    columns = [shift(x[~np.isnan(x[:, k]), k], y[~np.isnan(y[:, k]), k]) for k in range(3)]
+    np.testing.assert_allclose(report.moved, [c.moved[0] for c in columns], rtol=1e-12)
+
+
 # --- Arguments ------------------------------------------------------------------------------------
 
 
