@@ -286,6 +286,7 @@ def _switching_often():
     not getattr(sys, "_is_gil_enabled", lambda: True)(),
     reason="without the GIL NumPy itself reads and writes an array's shape unguarded",
 )
+@pytest.mark.filterwarnings("ignore:Setting the shape")  # deprecated in NumPy 2.5
 @pytest.mark.usefixtures("_switching_often")
 @pytest.mark.parametrize("tries", [10, pytest.param(400, marks=pytest.mark.slow)])
 def test_arrays_whose_shape_changes_meanwhile(tries):

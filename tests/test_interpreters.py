@@ -31,7 +31,7 @@ try:
     y, m = fastbn.batch_norm([[1.0, 8.0], [3.0, 2.0]], eps=0)
     text = f"{y.tolist()} {m.mean.tolist()}"
 except ImportError as error:
-    text = f"ImportError: {error}"
+    text = " ".join(f"ImportError: {error}".split())
 '''
 
 def here():
