@@ -166,7 +166,7 @@ def check(call, rounds):
         if references == 0 and blocks < n / 4 and size < n * 8:
             return
     pytest.fail(
-        f"{10 * rounds} rounds left {blocks} blocks of Python's, {size} bytes of the C library's and "
+        f"{n} rounds left {blocks} blocks of Python's, {size} bytes of the C library's and "
         f"{references} references to arguments"
     )
 
