@@ -82,9 +82,7 @@ cdef inline void add_sample_rows(double *sums, const double *pivot, const pack *
         p, s = load(<d8 *> pivot, j, 8), load(<d8 *> sums, j + ROOM, 8)
         q = load(<d8 *> sums, j + 2 * ROOM, 8)
         for r in range(rows):
-            d = d8_less(widen(row[r], j, k), p)
-            if k < 8:                       # what lies beyond has a pivot, and may be a column
-                d = d8_keep(d, k)
+            d = d8_less(widen(row[r], j, k), p)     # what lies beyond the last one is nobody's
             w = mul(weight[r], d)
             s = add(s, w)
             q = fma(w, d, q)
