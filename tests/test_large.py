@@ -84,9 +84,11 @@ def elements(dtype, ratio):
     e = made(dtype, ratio)
     std = np.sqrt(wide(e.m2 / N) + np.longdouble(1e-5))
     center = float(e.mean)  # differences from it are exact, and the rest of the mean is small
-    xhat = (e.x - np.longdouble(center) - wide(e.mean - Fraction(center))) / std
+    # Made long double first: with NumPy 1 a float32 array minus one number is float32.
+    x, dy = e.x.astype(np.longdouble), e.dy.astype(np.longdouble)
+    xhat = (x - np.longdouble(center) - wide(e.mean - Fraction(center))) / std
     dgamma = wide(e.dgamma) / std
-    parts = e.dy, wide(e.dbeta) / N, xhat * (dgamma / N)
+    parts = dy, wide(e.dbeta) / N, xhat * (dgamma / N)
     dx = (parts[0] - parts[1] - parts[2]) / std
     return xhat, dgamma, dx, sum(map(np.abs, parts)) / std
 

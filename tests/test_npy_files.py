@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
 import fastbn
 from fastbn import _blocks
-from fastbn._blocks import measure
+from fastbn._blocks import check_usable, measure
 from fastbn._datafiles import NoBar
 from fastbn._npy import NpyFile
 
@@ -179,3 +181,28 @@ def test_a_file_that_becomes_shorter_meanwhile(tmp_path):
     path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(ValueError, match="became shorter while it was read"):
         list(blocks)
+
+
+def test_features_one_by_one_keep_the_digits_of_large_means(block, tmp_path):
+    """In Fortran order a block may have some of the features; each mean has a low-order part."""
+    x = np.asfortranarray(RNG.normal(1e8, 1, (211, 3)))
+    m = measure(NpyFile(saved(tmp_path / "x.npy", x)), "propagate", NoBar()).moments
+    for k, column in enumerate(x.T):
+        exact = sum(map(Fraction, column)) / len(column)
+        assert abs(Fraction(m.mean[k]) + Fraction(m._table[3, k]) - exact) < 1e-12
+
+
+def test_missing_values_of_two_files_are_added_up(tmp_path):
+    x, y = RNG.normal(size=(2, 20, 2))
+    x[3, 0] = y[1, 1] = y[2, 1] = np.nan
+    a, b = (measure(NpyFile(saved(tmp_path / "x.npy", z)), "omit", NoBar()) for z in (x, y))
+    both = a.merge(b)
+    assert both.missing.tolist() == [1, 2]
+    assert both.moments.count.tolist() == [39, 38]
+
+
+def test_statistics_with_an_infinite_variance_are_not_used():
+    stats = fastbn.moments(np.array([[1e200, 1.0], [-1e200, 2.0]]))
+    assert stats.mean[0] == 0
+    with pytest.raises(ValueError, match=r"^s.npz: feature 0: expected a finite mean and variance"):
+        check_usable(stats, "s.npz", own=False)
