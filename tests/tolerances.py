@@ -25,6 +25,9 @@ M2 = 8
 #   roundings are a random walk: sqrt(1024) of them in the worst case, where one term outweighs
 #   all others; 3 are typical.
 SUM = 32
+# All of these where thousands of chunks are merged: what chunks are off by goes both ways, and
+#   merging them adds nothing that grows with their number (`add_to` in features.pxi).
+MANY_CHUNKS = 2
 
 # Elements, in epsilons of their own dtype.
 #

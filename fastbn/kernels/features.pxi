@@ -3,6 +3,14 @@
 from libc.float cimport DBL_MAX
 from libc.math cimport NAN, ilogb, isfinite, isnan, ldexp
 
+cdef enum:
+    MERGED = 512        # features that are merged at a time: what is kept for them stays in L1
+
+# Of eight features: a number of more digits than float64 has, as its float64 and the remainder.
+cdef struct Sum:
+    d8 high
+    d8 low
+
 
 cdef inline d8 firsts(const Job *job, const pack *x, Py_ssize_t i, int k) noexcept nogil:
     """The first value of each of k features, the first one's being element i; 0 if not finite.
@@ -70,42 +78,79 @@ cdef inline void two_sum(double a, double b, double *total, double *rest) noexce
     rest[0] = (a - (t - part)) + (b - part) if isfinite(part) else 0
 
 
+cdef inline Sum exact_sum(d8 a, d8 b) noexcept nogil:
+    """`two_sum` of eight features; the remainder of infinities is NaN."""
+    cdef Sum s
+    cdef d8 part
+    s.high = add(a, b)
+    part = sub(s.high, a)
+    s.low = add(sub(a, sub(s.high, part)), sub(b, part))
+    return s
+
+
+cdef inline void add_to(double *total, double *rest, int k, d8 value) noexcept nogil:
+    """total + rest grow by value, rest taking what total's rounding cuts off.
+
+    A sum over chunks, of which there may be 10^5, is then off by what chunks are off by, and not
+    by a rounding for each of them (Ogita, Rump & Oishi 2005).
+    """
+    cdef Sum s = exact_sum(load(<d8 *> total, 0, k), value)
+    store(<d8 *> total, 0, k, s.high)
+    store(<d8 *> rest, 0, k, add(load(<d8 *> rest, 0, k), s.low))
+
+
+cdef inline d8 settled(const double *total, const double *rest, int k) noexcept nogil:
+    """total + rest, and an infinite total alone."""
+    return add(load(<d8 *> total, 0, k), d8_finite_or_zero(load(<d8 *> rest, 0, k)))
+
+
 cdef void merge_chunks(const Job *job, Arrays a, const pack *x, Py_ssize_t f0,
                        Py_ssize_t f1) noexcept nogil:
-    """mean and m2 of features [f0, f1) from their chunks, in order (Chan, Golub & LeVeque 1983)."""
+    """mean and m2 of features [f0, f1) from their chunks, in order (Chan, Golub & LeVeque 1983).
+
+    At most MERGED features.
+    """
     cdef Py_ssize_t c, f
     cdef int k
-    cdef d8 origin, offset, m, part, odd = d8_splat(0)
-    cdef double *mean = job.mean
-    cdef double *m2 = job.m2
-    cdef const double *mean_c = job.part_a
-    cdef const double *m2_c = job.part_b
-    cdef double n, count = chunk_count(job, 0), delta, weight
-    for f in range(f0, f1):
-        mean[f] = mean_c[f]
-        m2[f] = m2_c[f]
+    cdef d8 delta, square, odd = d8_splat(0)
+    cdef Sum s
+    cdef double mean_rest[MERGED]
+    cdef double m2_rest[MERGED]
+    cdef double *mean = job.mean + f0
+    cdef double *m2 = job.m2 + f0
+    cdef const double *mean_c = job.part_a + f0
+    cdef const double *m2_c = job.part_b + f0
+    cdef double n, count = chunk_count(job, 0), weight
+    cdef size_t bytes_ = (f1 - f0) * sizeof(double)
+    memcpy(mean, mean_c, bytes_)
+    memcpy(m2, m2_c, bytes_)
+    memset(mean_rest, 0, bytes_)
+    memset(m2_rest, 0, bytes_)
     for c in range(1, job.chunks):
         n = chunk_count(job, c)
         mean_c += job.features
         m2_c += job.features
         weight = n / (count + n)
-        for f in range(f0, f1):
-            delta = mean_c[f] - mean[f]
-            mean[f] = mean[f] + delta * weight
-            m2[f] = m2[f] + (m2_c[f] + delta * delta * (weight * count))
+        for f in range(0, f1 - f0, 8):
+            k = <int> min(8, f1 - f0 - f)
+            delta = sub(sub(load(<d8 *> mean_c, f, k), load(<d8 *> mean, f, k)),
+                        load(<d8 *> mean_rest, f, k))
+            square = mul(mul(delta, delta), d8_splat(weight * count))
+            add_to(mean + f, mean_rest + f, k, mul(delta, d8_splat(weight)))
+            add_to(m2 + f, m2_rest + f, k, add(load(<d8 *> m2_c, f, k), square))
         count += n
-    for f in range(f0, f1, 8):
-        k = <int> min(8, f1 - f)
-        origin, offset = firsts(job, x, f * job.inner, k), load(<d8 *> mean, f, k)
-        m = add(origin, offset)
-        part = sub(m, origin)                   # as `two_sum`
-        store(<d8 *> mean, f, k, m)
-        store(<d8 *> job.low, f, k,
-              d8_finite_or_zero(add(sub(origin, sub(m, part)), sub(offset, part))))
-        odd = add(odd, add(sub(m, m), mul(load(<d8 *> m2, f, k), d8_splat(0))))
+    for f in range(0, f1 - f0, 8):
+        k = <int> min(8, f1 - f0 - f)
+        s = exact_sum(firsts(job, x, (f0 + f) * job.inner, k), load(<d8 *> mean, f, k))
+        s = exact_sum(s.high, add(s.low, load(<d8 *> mean_rest, f, k)))
+        square = settled(m2 + f, m2_rest + f, k)
+        store(<d8 *> mean, f, k, s.high)
+        store(<d8 *> m2, f, k, square)
+        store(<d8 *> job.low, f0 + f, k, s.low)
+        odd = add(odd, add(sub(s.high, s.high), sub(square, square)))
     if d8_sum(odd) != 0:                    # NaN, where a mean or an m2 is not finite
         for f in range(f0, f1):
-            if not (isfinite(mean[f]) and isfinite(m2[f])):
+            if not (isfinite(job.mean[f]) and isfinite(job.m2[f])):
                 moments_of_extremes(job, a, x, f)
 
 
@@ -291,34 +336,41 @@ cdef void look_for_data(const Job *job, Arrays a, const pack *x, Py_ssize_t f0,
 
 
 cdef void merge_gradients(const Job *job, Py_ssize_t f0, Py_ssize_t f1) noexcept nogil:
-    """dbeta = sum(g) and dgamma = sum(g xhat) from the chunks, in order."""
+    """dbeta = sum(g), dgamma = sum(g xhat) from the chunks, in order; at most MERGED features."""
     cdef Py_ssize_t c, f
     cdef int k
-    cdef d8 value, low
-    cdef double *dbeta = job.dbeta
-    cdef double *dgamma = job.dgamma
-    cdef const double *sum_g = job.part_a
-    cdef const double *sum_gx = job.part_b
-    for f in range(f0, f1):
-        dbeta[f] = sum_g[f]
-        dgamma[f] = sum_gx[f]
+    cdef d8 value, sum_of_g, low
+    cdef double dbeta_rest[MERGED]
+    cdef double dgamma_rest[MERGED]
+    cdef double *dbeta = job.dbeta + f0
+    cdef double *dgamma = job.dgamma + f0
+    cdef const double *sum_g = job.part_a + f0
+    cdef const double *sum_gx = job.part_b + f0
+    cdef size_t bytes_ = (f1 - f0) * sizeof(double)
+    memcpy(dbeta, sum_g, bytes_)
+    memcpy(dgamma, sum_gx, bytes_)
+    memset(dbeta_rest, 0, bytes_)
+    memset(dgamma_rest, 0, bytes_)
     for c in range(1, job.chunks):
         sum_g += job.features
         sum_gx += job.features
-        for f in range(f0, f1):
-            dbeta[f] = dbeta[f] + sum_g[f]
-            dgamma[f] = dgamma[f] + sum_gx[f]
+        for f in range(0, f1 - f0, 8):
+            k = <int> min(8, f1 - f0 - f)
+            add_to(dbeta + f, dbeta_rest + f, k, load(<d8 *> sum_g, f, k))
+            add_to(dgamma + f, dgamma_rest + f, k, load(<d8 *> sum_gx, f, k))
     # What was summed is g (x - mean): its terms have the 1 / std in common. The mean's low-order
     # part is the same for all terms, and so is taken off their sum.
     for f in range(f0, f1, 8):
         k = <int> min(8, f1 - f)
-        value = load(<d8 *> dgamma, f, k)
+        sum_of_g = settled(dbeta + f - f0, dbeta_rest + f - f0, k)
+        store(<d8 *> job.dbeta, f, k, sum_of_g)
+        value = settled(dgamma + f - f0, dgamma_rest + f - f0, k)
         if job.low != NULL:
-            low = mul(load(<d8 *> job.low, f, k), load(<d8 *> dbeta, f, k))
+            low = mul(load(<d8 *> job.low, f, k), sum_of_g)
             value = sub(value, d8_finite_or_zero(low))
         value = over(value, std_of(job, f, k))
         if job.total != NULL:               # a feature without data has no std
             value = where(load(<d8 *> job.total, f, k), value)
         elif job.shared:
             value = where(load(<d8 *> job.part_n, f, k), value)
-        store(<d8 *> dgamma, f, k, value)
+        store(<d8 *> job.dgamma, f, k, value)

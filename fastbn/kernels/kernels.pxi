@@ -67,15 +67,19 @@ cdef inline void reduce(const Job *job, const Arrays *a, const pack *x, Py_ssize
 
 cdef inline void finish(const Job *job, const Arrays *a, const pack *x, Py_ssize_t f0,
                         Py_ssize_t f1) noexcept nogil:
-    if job.operation == MOMENTS or job.operation == FORWARD:
-        if chosen(a[0]):
-            merge_weighted(job, a[0], x, f0, f1)
+    cdef Py_ssize_t f = f0, end
+    while f < f1:
+        end = min(f + MERGED, f1)
+        if job.operation != MOMENTS and job.operation != FORWARD:
+            merge_gradients(job, f, end)
+        elif chosen(a[0]):
+            merge_weighted(job, a[0], x, f, end)
         else:
-            merge_chunks(job, a[0], x, f0, f1)
-        if job.operation == FORWARD:
-            forward_parameters(job, x, f0, f1)
-    else:
-        merge_gradients(job, f0, f1)
+            merge_chunks(job, a[0], x, f, end)
+        f = end
+    if job.operation == FORWARD:
+        forward_parameters(job, x, f0, f1)
+    elif job.operation != MOMENTS:
         backward_parameters(job, x, f0, f1)
 
 

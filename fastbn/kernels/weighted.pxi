@@ -85,32 +85,48 @@ cdef double pivot_of(const Job *job, Arrays a, const pack *x, Py_ssize_t f, Py_s
 
 cdef void merge_weighted(const Job *job, Arrays a, const pack *x, Py_ssize_t f0,
                          Py_ssize_t f1) noexcept nogil:
-    """count, mean and m2 of features [f0, f1) from their chunks, in order.
+    """count, mean and m2 of features [f0, f1) from their chunks, in order; at most MERGED features.
 
     The first chunk with any data gives the origin that means are offsets from. A feature without
     data has count 0, mean NaN and m2 0.
     """
     cdef Py_ssize_t c, f, at_
-    cdef double n, delta, weight, origin
-    for f in range(f0, f1):
-        job.count[f] = job.mean[f] = job.m2[f] = 0
+    cdef int k
+    cdef d8 n, count, pivot, origin, delta, weight, square
+    cdef double count_rest[MERGED]
+    cdef double mean_rest[MERGED]
+    cdef double m2_rest[MERGED]
+    cdef double *count_ = job.count + f0
+    cdef double *mean = job.mean + f0
+    cdef double *m2 = job.m2 + f0
+    cdef double *origins = job.part_pivot + f0      # the first chunk's, which is merged first
+    cdef size_t bytes_ = (f1 - f0) * sizeof(double)
+    memset(count_, 0, bytes_)
+    memset(mean, 0, bytes_)
+    memset(m2, 0, bytes_)
+    memset(count_rest, 0, bytes_)
+    memset(mean_rest, 0, bytes_)
+    memset(m2_rest, 0, bytes_)
     for c in range(job.chunks):
-        for f in range(f0, f1):
-            at_ = c * job.features + f
-            n = job.part_n[at_]
-            if n == 0:
-                continue
-            if job.count[f] == 0:
-                job.part_pivot[f] = job.part_pivot[at_]
-            delta = job.part_pivot[at_] - job.part_pivot[f] + job.part_a[at_] - job.mean[f]
-            weight = n / (job.count[f] + n)
-            job.mean[f] += delta * weight
-            job.m2[f] += job.part_b[at_] + delta * delta * (weight * job.count[f])
-            job.count[f] += n
-    for f in range(f0, f1):
-        origin = job.part_pivot[f]
-        if job.count[f] == 0:
-            origin = NAN
-        two_sum(origin, job.mean[f], job.mean + f, job.low + f)
-        if job.count[f] > 0 and not (isfinite(job.mean[f]) and isfinite(job.m2[f])):
-            moments_of_extremes(job, a, x, f)
+        for f in range(0, f1 - f0, 8):
+            k = <int> min(8, f1 - f0 - f)
+            at_ = c * job.features + f0 + f
+            n, count = load(<d8 *> job.part_n, at_, k), load(<d8 *> count_, f, k)
+            pivot, origin = load(<d8 *> job.part_pivot, at_, k), load(<d8 *> origins, f, k)
+            origin = add(where(count, origin), sub(pivot, where(count, pivot)))
+            store(<d8 *> origins, f, k, origin)
+            delta = add(sub(pivot, origin), load(<d8 *> job.part_a, at_, k))
+            delta = sub(sub(delta, load(<d8 *> mean, f, k)), load(<d8 *> mean_rest, f, k))
+            weight = d8_div(n, add(count, n))
+            square = mul(mul(delta, delta), mul(weight, count))
+            add_to(count_ + f, count_rest + f, k, n)
+            add_to(mean + f, mean_rest + f, k, where(n, mul(delta, weight)))
+            add_to(m2 + f, m2_rest + f, k, where(n, add(load(<d8 *> job.part_b, at_, k), square)))
+    for f in range(f1 - f0):
+        if isfinite(count_[f]):
+            count_[f] += count_rest[f]
+        m2[f] += m2_rest[f]
+        two_sum(NAN if count_[f] == 0 else origins[f], mean[f], mean + f, job.low + f0 + f)
+        two_sum(mean[f], job.low[f0 + f] + mean_rest[f], mean + f, job.low + f0 + f)
+        if count_[f] > 0 and not (isfinite(mean[f]) and isfinite(m2[f])):
+            moments_of_extremes(job, a, x, f0 + f)
