@@ -100,12 +100,12 @@ def exact(n, s1, s2):
 
 
 def check_moments(m, n, s1, s2):
-    """Chunks of some 16384 are merged one after another: so many roundings, a random walk."""
     mean, m2 = exact(n, s1, s2)
-    walk = tolerances.EPS64 * np.sqrt(max(n) / 16384)
+    allowed = tolerances.MANY_CHUNKS * tolerances.EPS64
     assert m.count.tolist() == n
-    np.testing.assert_allclose(m.mean, mean, rtol=2 * walk, atol=1e-13)
-    np.testing.assert_allclose(m.m2, m2, rtol=4 * walk + 1e-14)
+    far = 160 + np.abs(mean)  # values are from -40 to 159
+    np.testing.assert_array_less(np.abs(m.mean - mean), allowed * (np.abs(mean) + far))
+    np.testing.assert_allclose(m.m2, m2, rtol=allowed)
 
 
 @linux
@@ -154,8 +154,13 @@ def test_statistics_and_results(name, dtype):
     std = np.sqrt(m.var + 1e-5)
     sum_g, sum_gx = case.sums(g), case.sums(g, v)
     products = [float(p - Fraction(a * b, k)) for p, a, b, k in zip(sum_gx, sum_g, s1, n)]
-    np.testing.assert_allclose(dbeta, np.array(sum_g, float), rtol=1e-12)
-    np.testing.assert_allclose(dgamma, np.array(products) / std, rtol=1e-9)
+    # Where g has nothing to do with x the sums are 0, of terms that are not: their size is what
+    # counts, here as the root of sum(g^2) m2, which is never less.
+    allowed = tolerances.MANY_CHUNKS * tolerances.EPS64
+    size = np.sqrt(np.array(case.sums(g, g), float) * m.m2) / std
+    away = np.abs(dbeta - np.array(sum_g, float))
+    assert (away <= allowed * np.array(case.sums(abs(g)), float)).all()
+    assert (np.abs(dgamma - np.array(products) / std) <= allowed * size).all()
 
     def dx(k, f, cut):
         a, b = (cut(u[k].astype(np.float64)) for u in (g, v))
