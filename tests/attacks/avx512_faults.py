@@ -2,9 +2,11 @@
 
 One build holds all of them: every line below is compiled as `fault == n ? wrong : right`, and the
 environment variable FASTBN_FAULT picks one for a process. It is the emulated build of
-emulate_avx512.py, so any CPU with AVX2 will do. A fault that no test notices is a failure.
+emulate_avx512.py, so any CPU with AVX2 will do; on one with AVX-512 `--native` emulates nothing.
+A fault that no test notices is a failure.
 
     python tests/attacks/avx512_faults.py
+    python tests/attacks/avx512_faults.py --native
     python tests/attacks/avx512_faults.py --folder /tmp/faults --only 3 17
 """
 
@@ -81,7 +83,7 @@ __attribute__((constructor)) static void fastbn_pick(void) {
 
 
 def plant(folder: Path) -> None:
-    """Every fault into a copy's simd.h, switched off."""
+    """Every fault into a copy's simd.h, switched off, and the switch."""
     path = folder / "fastbn/kernels/simd.h"
     text = path.read_text()
     end = text.index("#elif defined(__AVX2__)")
@@ -90,11 +92,15 @@ def plant(folder: Path) -> None:
         start = branch.index(where)
         stop = branch.find("\nINLINE", start)
         at = branch.rindex(right, start, stop if stop >= 0 else len(branch))
+        size = len(right)
+        if right.startswith("_CMP_"):  # a constant in the instruction: the last of the call
+            call = branch.rindex("_mm512_cmp_", start, at)
+            right = branch[call : at + size + 1]
+            wrong = branch[call:at] + wrong + ")"
+            at, size = call, len(right)
         new = f"(fastbn_fault == {n} ? {wrong} : {right})"
-        branch = branch[:at] + new + branch[at + len(right) :]
-    path.write_text(branch + rest)
-    header = folder / "tests/attacks" / emulate_avx512.HEADER
-    header.write_text(SWITCH + header.read_text())
+        branch = branch[:at] + new + branch[at + size :]
+    path.write_text(SWITCH + branch + rest)
 
 
 def caught_by(folder: Path, n: int) -> str:
@@ -118,6 +124,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, help="where to build; kept (default: a new one)")
+    parser.add_argument("--native", action="store_true", help="for a CPU that has AVX-512")
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these faults")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as new:
@@ -125,8 +132,10 @@ def main() -> int:
         if not any((folder / "fastbn/kernels").glob("_avx512.*.so")):
             emulate_avx512.copy_tree(folder)
             plant(folder)
+            if not options.native:
+                emulate_avx512.emulate(folder)
             emulate_avx512.build(folder)
-        emulate_avx512.check_which_runs(folder)
+        emulate_avx512.check_which_runs(folder, emulated=not options.native)
         survived = []
         numbers = options.only or range(1, len(FAULTS) + 1)
         without = caught_by(folder, 0) if not options.only else ""
