@@ -74,6 +74,27 @@ def test_not_finite_gradients_and_statistics_stay_in_their_feature(shape, axis, 
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "axis"), cases([((9, 17), 1), ((1000, 520), 1), ((3, 2, 40000), 1)])
+)
+def test_an_infinite_gradient_is_an_infinite_sum(shape, axis, training, implementation):
+    """In any chunk: dbeta, and dgamma where x is not the mean."""
+    x = make("offset 0", shape, axis, np.float32)
+    for value, sample in ((np.inf, 0), (-np.inf, -1)):
+        dy = np.ones_like(x)
+        np.moveaxis(dy, axis, 0)[1].flat[sample] = value
+        m = implementation.moments(x, axis=axis)
+        with np.errstate(invalid="ignore"):
+            _, dgamma, dbeta = implementation.batch_norm_backward(
+                dy, x, m, axis=axis, training=training
+            )
+        side = np.moveaxis(x, axis, 0)[1].flat[sample] - m.mean[1]
+        assert dbeta[1] == value
+        assert dgamma[1] == value * side
+        assert np.isfinite(np.delete(dbeta, 1)).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("shape", "axis"), cases(LAYOUTS))
 def test_the_gradient_of_relu_at_nan(shape, axis, dtype, training, implementation):
