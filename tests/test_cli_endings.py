@@ -34,9 +34,10 @@ def npy(shape=(100, 3)):
 FASTBN = [sys.executable, "-c", "import sys; from fastbn.cli import main; sys.exit(main())"]
 # Blocks that take their time: the marker file says that the second pass has begun.
 SLOW = """
-import sys, time
+import signal, sys, time
 from fastbn import _blocks, _npy
 from fastbn.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job ignores it
 _blocks.WRITTEN = 1 << 12
 real = _npy.normalize
 def slow(*args, **options):
