@@ -25,7 +25,7 @@ PAGE = mmap.PAGESIZE
 CANARY = 0xA5
 AROUND = 256  # bytes beside an array that are looked at afterwards
 SLOTS = 14  # arrays of a case
-ROOM = 1 << 18  # bytes of the largest, but for the few cases with memory of their own
+ROOM = 1 << 20  # bytes of the largest, but for the few cases with memory of their own
 DTYPES = (np.float32, np.float64)
 
 
